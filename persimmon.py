@@ -1,0 +1,799 @@
+"""Persimmon-8B, Adept's decoder-only language model of 2023, in one file: architecture, KV cache, loading, sampling.
+
+Copy this file into another project and it works there: importing it needs torch alone (safetensors is imported where
+weights are read or written, sentencepiece where text is split into tokens). Weights keep the names that transformers
+gives them, and the logits are transformers' too, to rounding.
+
+    model = PersimmonForCausalLM.from_pretrained(folder)
+    tokenizer = Tokenizer(folder)
+    output = model.generate(**tokenizer("The theory of relativity states"), max_new_tokens=20)
+    print(tokenizer.decode(output[0]))
+
+Shapes. One letter is one axis, here and in every comment below:
+
+    B  batch                           H  attention heads                    C  hidden size, C = H*D
+    T  positions that are new          D  head size                          F  feed-forward size, 4*C in the 8B
+    S  positions cached before, + T    R  part of D that RoPE rotates        L  layers
+    N  positions a cache has room for                                        V  vocabulary
+
+What is odd about Persimmon, and what goes wrong for those who miss it:
+
+ 1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D]. Every shape still
+    fits when they are read the other way, and the text is noise.
+ 2. Queries and keys pass a LayerNorm over D, with weight and bias, before RoPE; the heads of a layer share it.
+ 3. RoPE turns only the first R = D/2 of a head, pairing dimension i with i + R/2 (not 2i with 2i + 1), theta 25000.
+    Turning all of D gives text that is fluent for a few words and then drifts.
+ 4. The activation is relu(x)**2. It outgrows float16 in training: fine-tune in bfloat16.
+ 5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding, transposed or otherwise.
+ 6. `|ENDOFTEXT|`, id 71013, both begins and ends a text. A prompt without it in front is continued less well.
+ 7. Ids 3 to 70002 stand for image patches that never came: their logits exist, and stay near -17.
+
+Left out: classification heads, quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, and
+sequences packed into one row. A config that asks for one of the first five is refused, not half followed.
+
+The sections: 1 configuration, 2 rotary positions, 3 cache, 4 attention, MLP and block, 5 models, 6 loading and saving,
+7 tokens and text, 8 sampling and generation.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# --- 1. Configuration -------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, sentence: str) -> None:
+    """Raise ValueError(sentence) unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; errors name the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {file}: the model's folder has to hold {file.name}") from None
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    _require(isinstance(value, dict), f"{file} has to hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """float16, bfloat16 or float32, by name or as it is; ValueError for any other."""
+    choices = {str(choice).removeprefix("torch."): choice for choice in (torch.bfloat16, torch.float16, torch.float32)}
+    found = choices.get(str(dtype).removeprefix("torch."))
+    _require(found is not None, f"dtype {dtype} is not supported: use one of {', '.join(choices)}")
+    return found
+
+
+@dataclass(frozen=True)
+class PersimmonConfig:
+    """The numbers of one checkpoint, named as in its config.json; the defaults are the 8B's.
+
+    Raises ValueError for a value that no model can be built from.
+    """
+
+    vocab_size: int = 262144  # V
+    hidden_size: int = 4096  # C
+    intermediate_size: int = 16384  # F
+    num_hidden_layers: int = 36  # L
+    num_attention_heads: int = 64  # H
+    max_position_embeddings: int = 16384  # context in tokens, prompt and answer together
+    hidden_dropout: float = 0.0  # in training, on the MLP's output
+    attention_dropout: float = 0.0  # in training, on the attention weights
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02  # standard deviation of new weights
+    qk_layernorm: bool = True
+    rope_theta: float = 25000.0
+    partial_rotary_factor: float = 0.5  # R/D
+    bos_token_id: int | None = 71013
+    eos_token_id: int | None = 71013
+    pad_token_id: int | None = None
+    dtype: str | None = None  # of the weights as stored, such as "bfloat16"; what dtype="auto" means
+
+    def __post_init__(self) -> None:
+        kinds = {"int": int, "float": (int, float), "bool": bool, "int | None": (int, type(None)),
+                 "str | None": (str, type(None))}
+        for field in fields(self):
+            key, value = f"config key {field.name}", getattr(self, field.name)
+            is_right = isinstance(value, kinds[field.type]) and isinstance(value, bool) == (field.type == "bool")
+            _require(is_right, f"{key} = {value!r} is not of type {field.type}")
+            if field.name.endswith("_dropout"):
+                _require(0 <= value <= 1, f"{key} = {value} is not a probability from 0 to 1")
+            elif field.type in ("int", "float"):
+                _require(value > 0, f"{key} = {value} is not above zero")
+        _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is not "
+                 f"a multiple of num_attention_heads = {self.num_attention_heads}")
+        _require(0 < self.rotary_size <= self.head_size and self.rotary_size % 2 == 0,
+                 f"config key partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_size} of the "
+                 f"{self.head_size} dimensions of a head: it has to be an even number of them, at least 2")
+        _require(self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+                 f"config key pad_token_id = {self.pad_token_id} is not in the vocabulary of {self.vocab_size}")
+        if self.dtype is not None:
+            _as_dtype(self.dtype)
+
+    @property
+    def head_size(self) -> int:
+        """D"""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """R"""
+        return int(self.head_size * self.partial_rotary_factor)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PersimmonConfig:
+        """Read `folder`/config.json, in the hub's form of 2023 or as transformers 5 writes it.
+
+        Raises FileNotFoundError without such a file, ValueError where it is no JSON object or asks for something else
+        than Persimmon. Keys that leave the result as it is (architectures, use_cache, ...) are passed by.
+        """
+        raw = _read_json(Path(folder) / "config.json")
+        rope = {}  # in 2023 rope_theta at top level and "rope_scaling": null, now all of it under rope_parameters
+        for key in ("rope_scaling", "rope_parameters"):
+            _require(isinstance(raw.get(key) or {}, dict), f"config key {key} = {raw.get(key)!r} is not an object")
+            rope |= raw.get(key) or {}
+        asked = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
+        if isinstance(asked["dtype"], str):
+            asked["dtype"] = asked["dtype"].removeprefix("torch.")
+        # A key that is absent or null has its default, save for those where null says that there is none.
+        config = cls(**{f.name: asked[f.name] for f in fields(cls)
+                        if asked.get(f.name) is not None or (f.name in asked and f.type.endswith("None"))})
+        only = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, "rope_type": "default",
+                "type": "default", "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_size,
+                "quantization_config": None}
+        for key, value in asked.items():
+            _require(key not in only or value in (None, only[key]),
+                     f"config key {key} = {value!r} is not supported: a Persimmon checkpoint has {only.get(key)!r}")
+        extra = rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+        _require(not extra, f"config key {min(extra, default='')} of RoPE is not supported: Persimmon's is plain")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds, with RoPE and dtype spelled for old and for new versions of transformers."""
+        rope = {name: getattr(self, name) for name in ("rope_theta", "partial_rotary_factor")}
+        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **asdict(self),
+                "torch_dtype": self.dtype, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope}}
+
+
+# --- 2. Rotary positions (RoPE; Su et al., arXiv 2104.09864) ----------------------------------------------------------
+
+
+def rope_tables(position_ids: Tensor, config: PersimmonConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions (B, T), each (B, T, 1, R/2) in `dtype`; the 1 stands for the heads.
+
+    At position p, pair i turns by p * theta**(-2i/R), i = 0 ... R/2 - 1. The angle reaches 16383 radians and needs
+    float32; only the table is rounded, as in transformers. (Adept's own inference has the angles in half precision.)
+    """
+    R = config.rotary_size
+    pair = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
+    frequency = 1.0 / config.rope_theta ** (pair / R)  # (R/2)
+    angle = position_ids[..., None, None].float() * frequency  # (B, T, 1, R/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R dimensions of each head of x, (B, T, H, D), and keep the rest; cos and sin from rope_tables.
+
+    (a, b) -> (a cos - b sin, b cos + a sin), where a is the first half of the R dimensions and b is the second: the
+    pairing of GPT-NeoX and of `rotate_half` in transformers.
+    """
+    R = 2 * cos.shape[-1]
+    a, b = x[..., : R // 2], x[..., R // 2 : R]  # (B, T, H, R/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., R:]), dim=-1)
+
+
+# --- 3. The KV cache --------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, so that each forward pass computes only the new ones.
+
+    Room for N positions is taken at once, 2*L*B*N*C numbers (0.56 MiB a position for the 8B in 16 bit), and never
+    grows. The cache alone knows how far the text has come: `length` for Python, `position`, the same number in the
+    memory of the device, for whatever is to run there without waiting for Python. The model moves both, once a
+    forward pass. For inference only: it is written in place, which autograd does not allow for.
+    """
+
+    def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
+                 dtype: torch.dtype, device: torch.device | str) -> None:
+        L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
+        N, D = max_length, config.head_size
+        self.keys = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
+        self.values = torch.empty_like(self.keys)  # (L, B, H, N, D)
+        self.length = 0
+        self.position = torch.zeros((), dtype=torch.long, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's k and v of the new positions, both (B, H, T, D); return all so far, both (B, H, S, D).
+
+        Raises ValueError where they do not fit.
+        """
+        (_, B, _, N, _), T = self.keys.shape, k.shape[2]
+        S = self.length + T
+        _require(k.shape[0] == B, f"the cache is for a batch of {B}, the input has {k.shape[0]} rows")
+        _require(S <= N, f"the cache has room for {N} positions: {self.length} are taken and {T} more do not fit")
+        self.keys[layer, :, :, self.length : S] = k
+        self.values[layer, :, :, self.length : S] = v
+        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
+
+    def advance(self, T: int) -> None:
+        """Count T positions as seen, once every layer has stored them."""
+        self.length += T
+        self.position += T
+
+
+# --- 4. Attention, MLP, block -----------------------------------------------------------------------------------------
+
+
+def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of S positions each of the last T may look at: bool, (1, 1, T, S) or (B, 1, T, S); None as below.
+
+    Without padding there are three cases:
+        T = S      the text so far is all new: plain causal attention, which SDPA does by itself (`is_causal`): None
+        T = 1      one new position may look at everything: None
+        1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is wrong here, since
+                   it starts its triangle at the top left corner, where the triangle has to end at the bottom right.
+    Padding, zeros in attention_mask (B, S), hides columns in each of them. A padded position may still look at itself:
+    a row that sees nothing would be 0/0 in the softmax, and NaN would spread from there.
+    """
+    if attention_mask is None and T in (1, S):
+        return None
+    row = torch.arange(S - T, S, device=device)[:, None]  # (T, 1)
+    column = torch.arange(S, device=device)  # (S)
+    mask = (column <= row)[None, None]  # (1, 1, T, S)
+    if attention_mask is not None:
+        mask = mask & (attention_mask.bool()[:, None, None] | (column == row))  # (B, 1, T, S)
+    return mask
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)); megatron/model/transformer.py."""
+
+    def __init__(self, config: PersimmonConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.attention_dropout
+        self.num_heads, self.head_size = config.num_attention_heads, config.head_size
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        has_norm, eps = config.qk_layernorm, config.layer_norm_eps
+        self.q_layernorm = nn.LayerNorm(config.head_size, eps) if has_norm else nn.Identity()
+        self.k_layernorm = nn.LayerNorm(config.head_size, eps) if has_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
+        B, T, C = x.shape
+        qkv = self.query_key_value(x)  # (B, T, 3*C)
+        qkv = qkv.view(B, T, self.num_heads, 3, self.head_size)  # (B, T, H, 3, D)
+        q, k, v = qkv.unbind(3)  # (B, T, H, D)
+        q = apply_rope(self.q_layernorm(q), *rope)  # (B, T, H, D)
+        k = apply_rope(self.k_layernorm(k), *rope)  # (B, T, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout * self.training
+        )  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return self.dense(y)
+
+
+class MLP(nn.Module):
+    """W2 relu(W1 x + b1)**2 + b2; megatron/model/fused_bias_sqrelu.py.
+
+    relu makes zeros that are exact, and in the trained model most of the F activations of a token are zero.
+    """
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)"""
+        h = self.dense_h_to_4h(x)  # (B, T, F)
+        h = h.relu().square()  # (B, T, F)
+        return self.dense_4h_to_h(h)
+
+
+class Block(nn.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x)): a pre-norm decoder layer, dropout on the MLP's output only."""
+
+    def __init__(self, config: PersimmonConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)"""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)  # (B, T, C)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+# --- 5. The models ----------------------------------------------------------------------------------------------------
+
+
+class ModelOutput(NamedTuple):
+    """What PersimmonModel returns: the hidden states after the final norm, (B, T, C)."""
+
+    last_hidden_state: Tensor
+
+
+class CausalLMOutput(NamedTuple):
+    """What PersimmonForCausalLM returns: mean loss in nats a token, None without labels; logits (B, T, V)."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class PersimmonPreTrainedModel(nn.Module):
+    """What the models have in common: new weights, and reading and writing a folder of them."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_weights(self, part: nn.Module) -> None:
+        """New weights in `part`: matrices normal, std initializer_range; biases 0; norms 1 and 0, as PyTorch has them."""
+        for module in part.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight.data[module.padding_idx] = 0
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
+                        device: str | torch.device | None = None):
+        """The model in `folder`, which holds config.json and safetensors, in eval mode.
+
+        On the CPU, in the dtype of the file, weights stay in the file and the system reads them when they are used;
+        training changes memory, never the file. dtype "auto" is config.json's, or else the file's; device None the CPU.
+
+        Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
+        damaged, or whose tensors are not exactly the model's (save for the exceptions that `load` lists).
+        """
+        return load(cls, Path(folder), dtype, device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which from_pretrained and transformers read: both whole, or none.
+
+        A new folder appears under its name when it is complete; in a folder that is there, whole files replace those
+        of the same name, and the others stay.
+        """
+        save(self, Path(folder))
+
+
+class PersimmonModel(PersimmonPreTrainedModel):
+    """Token ids to hidden states: embedding, L blocks, a final norm. Weights are new, as init_weights makes them."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__(config)
+        # padding_idx: no gradient reaches the row of the padding token
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.init_weights(self)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, cache: KVCache | None = None,
+                inputs_embeds: Tensor | None = None) -> ModelOutput:
+        """Hidden states (B, T, C) of T new tokens, given by input_ids (B, T) or by inputs_embeds (B, T, C).
+
+        attention_mask (B, S), 1 for a token and 0 for padding on either side, covers what `cache` holds and what is
+        new; at padding, results are finite and mean nothing. position_ids (B, T) or (1, T) are the tokens' places for
+        RoPE, by default the number of tokens before each, padding not counted.
+
+        Raises ValueError for inputs that do not fit each other or the cache.
+        """
+        _require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        B, T, _ = x.shape
+        S = T if cache is None else cache.length + T
+        if attention_mask is not None:
+            shape = tuple(attention_mask.shape)
+            _require(shape == (B, S), f"attention_mask has shape {shape} and has to have (B, S) = ({B}, {S})")
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, S - T :]  # (B, T)
+        elif position_ids is None:
+            position_ids = torch.arange(T, device=x.device).expand(B, T)  # (B, T)
+            if cache is not None:
+                position_ids = position_ids + cache.position  # (B, T)
+        rope = rope_tables(position_ids, self.config, x.dtype)
+        mask = causal_mask(T, S, attention_mask, x.device)
+        for block in self.layers:
+            x = block(x, rope, mask, cache)  # (B, T, C)
+        if cache is not None:
+            cache.advance(T)
+        return ModelOutput(self.final_layernorm(x))
+
+
+class PersimmonForCausalLM(PersimmonPreTrainedModel):
+    """The language model: PersimmonModel, and a Linear without bias from hidden states to logits."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__(config)
+        self.model = PersimmonModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights(self.lm_head)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None,
+                labels: Tensor | None = None, logits_to_keep: int = 0) -> CausalLMOutput:
+        """Logits (B, T, V), or with logits_to_keep = n those of the last n positions, (B, n, V); 0 means all.
+
+        labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are held
+        against the label at t + 1, in float32. The other arguments and errors are those of PersimmonModel.forward.
+        """
+        x = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds).last_hidden_state  # (B, T, C)
+        logits = self.lm_head(x[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            _require(logits.shape[1] == labels.shape[1], "a loss needs all logits: logits_to_keep has to be 0")
+            loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss, logits)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
+                 max_length: int | None = None, **options: Any) -> Tensor:
+        """The prompts input_ids (B, T) and what follows them, (B, T + new tokens), the token that stops included.
+
+        Rows that stop early are filled up with pad_token_id (else eos_token_id). max_length, in tokens, counts the
+        prompt with its padding; without either limit it is 200 new tokens. Options and errors: see `generate` below.
+        """
+        _require(max_new_tokens is None or max_length is None, "give max_new_tokens or max_length, and not both")
+        if max_length is not None:
+            max_new_tokens = max_length - input_ids.shape[1]
+            _require(max_new_tokens > 0, f"max_length = {max_length} leaves no room: the prompt has "
+                     f"{input_ids.shape[1]} tokens")
+        limit = 200 if max_new_tokens is None else max_new_tokens
+        steps = generate(self, input_ids, attention_mask, max_new_tokens=limit, **options)
+        new = torch.tensor([step.tokens for step in steps], device=input_ids.device).T  # (B, new tokens)
+        return torch.cat((input_ids, new), dim=1)
+
+
+# --- 6. Loading and saving --------------------------------------------------------------------------------------------
+
+
+def _open(file: Path) -> Any:
+    """A safetensors file, mapped into memory; ValueError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off, damaged or no safetensors file: {error}") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it: a folder has one for all, or shards and an index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file() and any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"{folder} has its weights in .bin files only, which are pickles: convert them with "
+                                f"`python convert.py {folder} {folder}-safetensors`")
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds no weights: there is no {single.name} and no {index.name}")
+    shards = _read_json(index).get("weight_map")
+    _require(isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values()),
+             f"{index} has no weight_map from tensor names to files")
+    for name, shard in shards.items():
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{index} says that {name} is in {shard}, and there is no such file")
+    return {name: folder / shard for name, shard in shards.items()}
+
+
+def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype,
+         device: str | torch.device | None) -> PersimmonPreTrainedModel:
+    """What PersimmonPreTrainedModel.from_pretrained does, and describes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
+    config = PersimmonConfig.from_pretrained(folder)
+    with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights, uncopied
+        model = cls(config)
+
+    # The file has to hold exactly the model's tensors. These are the exceptions: names that may be left over there,
+    # and `model.` in front of a name, which PersimmonForCausalLM has and PersimmonModel has not.
+    ignored = {"rotary_emb.inv_freq": "computed here; some older versions store it"}
+    if cls is PersimmonModel:
+        ignored["lm_head.weight"] = "the bare model has no head"
+    wanted = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
+    files = {name: file for name, file in tensor_files(folder).items() if not name.endswith(tuple(ignored))}
+    missing = wanted.keys() - {name.removeprefix("model.") for name in files}
+    _require(not missing, f"{folder} lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
+    extra = [name for name in files if name.removeprefix("model.") not in wanted]
+    _require(not extra, f"{folder} has the tensor {min(extra, default='')}, which is not in a {cls.__name__} of this "
+             f"config.json ({len(extra)} unexpected in all)")
+
+    target = _as_dtype(dtype) if dtype != "auto" else _as_dtype(config.dtype) if config.dtype else None
+    state = {}
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            present = set(file.keys())
+            for name in (name for name in files if files[name] == path):
+                _require(name in present, f"{path} lacks the tensor {name}, which the index places there")
+                own_name, shape = wanted[name.removeprefix("model.")]
+                found = tuple(file.get_slice(name).get_shape())
+                _require(found == shape, f"{path} has the tensor {name} in shape {found}: config.json makes it {shape}")
+                tensor = file.get_tensor(name)
+                _require(tensor.is_floating_point(), f"{path} has the tensor {name} as {tensor.dtype}: it has to be "
+                         "float16, bfloat16 or float32")
+                target = target or tensor.dtype
+                state[own_name] = tensor.to(device or "cpu", target)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
+    """What PersimmonPreTrainedModel.save_pretrained does, and describes."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config = {"architectures": [type(model).__name__], **replace(model.config, dtype=dtype).to_dict()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.unfinished-") as scratch:
+        new = Path(scratch, "new")  # on the same disk, so that moving it is one step; with the usual permissions
+        new.mkdir()
+        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if not folder.exists():
+            new.rename(folder)
+        else:
+            for file in new.iterdir():
+                file.replace(folder / file.name)
+
+
+# --- 7. Tokens and text -----------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """SentencePiece (unigram, bytes for what it has no piece for) and the `|ENDOFTEXT|` that Persimmon puts in front.
+
+    `path` is a model's folder with tokenizer.model, or such a file (`adept_vocab.model` in Adept's release). Whether
+    `|ENDOFTEXT|` is put in front is add_bos_token of the tokenizer_config.json beside it, and yes where that is silent.
+
+    Raises FileNotFoundError, and ValueError for a file that is not SentencePiece's or has no token to end a text with.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}: the tokenizer is a SentencePiece model")
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(file))
+        except RuntimeError:
+            raise ValueError(f"{file} is damaged or no SentencePiece model") from None
+        self.end_of_text = self.processor.piece_to_id("|ENDOFTEXT|")  # id of the unknown piece where there is none
+        if self.processor.id_to_piece(self.end_of_text) != "|ENDOFTEXT|":
+            self.end_of_text = self.processor.eos_id()
+        _require(self.end_of_text >= 0, f"{file} has no piece |ENDOFTEXT| and no other end of text")
+        config = file.with_name("tokenizer_config.json")
+        self.add_bos = (_read_json(config) if config.is_file() else {}).get("add_bos_token") is not False
+
+    def __len__(self) -> int:
+        """Number of pieces."""
+        return len(self.processor)
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of a text, `|ENDOFTEXT|` in front if add_bos, which by default is what tokenizer_config.json says."""
+        _require(text.isascii() or not re.search("[\ud800-\udfff]", text), "the text is not valid Unicode")
+        add_bos = self.add_bos if add_bos is None else add_bos
+        return [self.end_of_text] * add_bos + self.processor.encode(text)
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """Text of ids. `|ENDOFTEXT|` gives nothing, bytes that are not UTF-8 give U+FFFD, ids without a piece U+2047."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        unknown = self.processor.unk_id()
+        return self.processor.decode([i if 0 <= i < len(self) else unknown for i in ids if i != self.end_of_text])
+
+    def __call__(self, text: str | Sequence[str], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """input_ids and attention_mask, both (B, T), of one text or several, the shorter ones padded on the left."""
+        _require(return_tensors == "pt", f"return_tensors = {return_tensors!r} is not supported: use 'pt'")
+        rows = [self.encode(t) for t in ([text] if isinstance(text, str) else text)]
+        T = max(map(len, rows))
+        ids = [[self.end_of_text] * (T - len(row)) + row for row in rows]
+        mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+class StreamDecoder:
+    """Text of ids that come one by one: what `push` and then `finish` return, joined, is the decoding of the whole.
+
+    Decoding each id alone would lose spaces and tear characters apart: SentencePiece drops the space in front of the
+    first word, so it matters what came before (`prompt_ids`, whose text is not repeated), and a character that has no
+    piece is up to four byte pieces, which mean something together only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.context: list[int] = []  # in front of what is decoded next: all so far, until that gives a first text
+        self.context_length = 0  # characters of the context
+        self.pending: list[int] = []  # the bytes of a character that is not complete
+        for i in prompt_ids:
+            self.push(i)
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` is known, often a word, sometimes nothing."""
+        if token == self.tokenizer.end_of_text:  # as in Tokenizer.decode
+            return ""
+        self.pending.append(token)
+        return self._take(len(self.pending) - self._unfinished())
+
+    def finish(self) -> str:
+        """The rest: U+FFFD for each byte of a character that was never completed."""
+        return self._take(len(self.pending))
+
+    def _take(self, count: int) -> str:
+        """Text of the first `count` pending ids, which end where a character ends."""
+        ready, self.pending = self.pending[:count], self.pending[count:]
+        text = self.tokenizer.decode(self.context + ready)[self.context_length :]
+        if self.context_length == 0:
+            # From the first text on, all that the rest of a decoding depends on is that there was one: any will do.
+            self.context = [self.tokenizer.processor.unk_id()] if text else self.context + ready
+            self.context_length = len(self.tokenizer.decode(self.context))
+        return text
+
+    def _unfinished(self) -> int:
+        """How many of the last pending ids, 0 to 3, are the first bytes of a character of which more bytes may come."""
+        processor, tail = self.tokenizer.processor, b""
+        for count, token in enumerate(reversed(self.pending[-3:]), start=1):
+            if token >= len(processor) or not processor.is_byte(token):
+                return 0
+            tail = bytes([int(processor.id_to_piece(token)[1:-1], 16)]) + tail  # <0xE2> -> 0xE2
+            if tail[0] >= 0xC0:  # the first byte of a character: the others are 0x80 to 0xBF
+                try:
+                    return 0 if codecs.getincrementaldecoder("utf-8")().decode(tail) else count
+                except UnicodeDecodeError:
+                    return 0
+        return 0
+
+
+def chat_prompt(turns: Sequence[str]) -> str:
+    """What the chat model continues with its answer: turns are human, adept, human, ..., the last one a human's.
+
+    Format: footnote 1 of Adept's README. Raises ValueError where the last word is not the human's.
+    """
+    _require(len(turns) % 2 == 1, f"a chat prompt ends with the human's turn, and turn {len(turns)} is adept's")
+    return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:" for n, turn in enumerate(turns))
+
+
+# --- 8. Sampling and generation ---------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int = 0,
+           top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """One id a row, (B), from logits (B, V), row b with generators[b]; the filters apply in transformers' order.
+
+    temperature  divides the logits; 0 is greedy: the largest logit, of equal ones the lowest id
+    top_k        keeps the k most likely tokens; 0 keeps all
+    top_p        keeps the fewest tokens, most likely first, whose probabilities reach p (Holtzman et al., 1904.09751)
+    min_p        keeps tokens at least min_p times as likely as the most likely one (Nguyen et al., 2407.01082)
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), the largest is 0
+    ids = None
+    if top_k > 0 or top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+        if top_k > 0:
+            logits[:, top_k:] = -math.inf
+        if top_p < 1:
+            p = logits.softmax(-1)  # (B, V)
+            is_reached = p.cumsum(-1) - p >= top_p  # (B, V), by the tokens before this one
+            is_reached[:, 0] = False
+            logits = logits.masked_fill(is_reached, -math.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
+    # Of exponential clocks with rates p, clock i rings first with probability p_i. No host is waited for, as the checks
+    # in torch.multinomial would.
+    clock = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])  # (B, V)
+    choice = (logits.softmax(-1) / clock).argmax(-1, keepdim=True)  # (B, 1)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+class Step(NamedTuple):
+    """One step of `generate`, for each of B rows; a row that has stopped goes on with padding, 0.0 and its reason."""
+
+    tokens: list[int]  # the ids chosen
+    logprobs: list[float]  # their log-probabilities, in nats, by the model alone: before penalty, temperature, filters
+    finish_reasons: list[str | None]  # "stop": a stop id; "length": max_new_tokens; "context": the context is full
+
+
+@torch.no_grad()
+def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+             max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+             min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+             stop_ids: Iterable[int] | None = None) -> Iterator[Step]:
+    """Continue the prompts input_ids (B, T), a token a row and step, until every row has stopped: n steps are n passes.
+
+    attention_mask (B, T) has zeros at padding, on either side; in float32 a row's tokens do not depend on the rows
+    beside it. Row b draws from its own generator, seeded seed + b, and stops at one of stop_ids, by default
+    eos_token_id. repetition_penalty divides positive and multiplies negative logits of every id that the row holds
+    already (Keskar et al., 1909.05858). The other options are those of `sample`.
+
+    Raises ValueError, at the first step, for options out of range, ids out of the vocabulary, and a prompt that is
+    empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
+    are not numbers, which float16 can bring about.
+    """
+    config, device = model.config, model.lm_head.weight.device
+    limit = config.max_position_embeddings
+    for name, value, least, most in (
+        ("max_new_tokens", max_new_tokens, 1, math.inf), ("temperature", temperature, 0, math.inf),
+        ("top_k", top_k, 0, math.inf), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1),
+        ("repetition_penalty", repetition_penalty, 1e-3, math.inf), ("seed", seed, 0, 2**63 - 1),
+    ):
+        _require(least <= value <= most, f"{name} = {value} is out of range: it goes from {least} to {most}")
+    _require(input_ids.dim() == 2 and input_ids.numel() > 0,
+             f"the prompt has shape {tuple(input_ids.shape)}: it has to be (B, T) with a token at least")
+    _require(0 <= input_ids.min() and input_ids.max() < config.vocab_size,
+             f"the prompt has ids from {input_ids.min()} to {input_ids.max()}: the model's vocabulary has "
+             f"{config.vocab_size}")
+    B, T = input_ids.shape
+    ids = input_ids.to(device)
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)  # (B, T)
+    _require(mask.shape == ids.shape, f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
+    order = mask.argsort(dim=1, stable=True)  # (B, T), padding first: then every row's next token comes at T
+    ids, mask = ids.gather(1, order), mask.gather(1, order)  # (B, T)
+    lengths = mask.sum(1).tolist()
+    _require(min(lengths) > 0, f"row {lengths.index(min(lengths))} of the prompt is nothing but padding")
+    _require(max(lengths) < limit, f"the prompt has {max(lengths)} tokens and leaves no room for another one: the "
+             f"context limit is {limit}")
+
+    stop_ids = {config.eos_token_id} if stop_ids is None else set(stop_ids)
+    pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id or 0
+    generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
+    steps = min(max_new_tokens, limit - min(lengths))
+    cache = KVCache(config, B, T + steps - 1, model.lm_head.weight.dtype, device)
+    is_padded = min(lengths) < T
+    mask = torch.cat((mask, mask.new_ones(B, steps)), dim=1)  # (B, T + steps)
+    seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+    seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
+    reasons: list[str | None] = [None] * B
+
+    for step in range(1, steps + 1):
+        S = cache.length + ids.shape[1]
+        logits = model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits  # (B, 1, V)
+        logits = logits[:, 0].float()  # (B, V)
+        logprobs = logits.log_softmax(-1)  # (B, V)
+        if repetition_penalty != 1:
+            penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)  # (B, V)
+            logits = torch.where(seen, penalized, logits)  # (B, V)
+        ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
+        seen.scatter_(1, ids, True)
+        tokens, logprobs = ids[:, 0].tolist(), logprobs.gather(1, ids)[:, 0].tolist()
+        if any(map(math.isnan, logprobs)):
+            raise FloatingPointError(f"token {step}: the logits are not numbers; in float16 use bfloat16 instead")
+        for b, token in enumerate(tokens):
+            if reasons[b] is not None:
+                tokens[b], logprobs[b] = pad, 0.0
+            elif token in stop_ids:
+                reasons[b] = "stop"
+            elif step == max_new_tokens:
+                reasons[b] = "length"
+            elif lengths[b] + step == limit:
+                reasons[b] = "context"
+        yield Step(tokens, logprobs, list(reasons))
+        if None not in reasons:
+            return

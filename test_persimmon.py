@@ -1,0 +1,1071 @@
+"""Tests of persimmon.py and sample.py: `pytest`. On the CPU, no download; the oracles are transformers and SentencePiece.
+
+Random weights everywhere but in tiny/. Every parameter is random, norms and biases too: a norm weight of one and a bias
+of zero would hide that two norms are swapped or a bias is lost. All axes of a model have different sizes.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import persimmon
+from persimmon import (
+    KVCache,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    PersimmonModel,
+    StreamDecoder,
+    Tokenizer,
+    apply_rope,
+    chat_prompt,
+    generate,
+    rope_tables,
+    sample,
+)
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "tiny"
+
+# name: (config, length of the test sequence). Longer than 64 positions, where RoPE's slow pairs have begun to turn.
+CONFIGS = {
+    "D16": PersimmonConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=3,
+        max_position_embeddings=160, bos_token_id=1, eos_token_id=None, pad_token_id=5,
+    ),
+    "D64": PersimmonConfig(
+        vocab_size=151, hidden_size=128, intermediate_size=208, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=180, bos_token_id=1, eos_token_id=None,
+    ),
+    "no QK-norm, other RoPE": PersimmonConfig(
+        vocab_size=101, hidden_size=120, intermediate_size=88, num_hidden_layers=2, num_attention_heads=5,
+        max_position_embeddings=170, bos_token_id=1, eos_token_id=None, qk_layernorm=False, rope_theta=1000.0,
+        partial_rotary_factor=0.25, layer_norm_eps=1e-3,
+    ),
+}  # fmt: skip
+B, T = 2, 71
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Fill every parameter with noise, norm weights around one; logits come out with a spread of one or so."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        scale = 0.3 if p.dim() == 1 else 3.0 if "embed" in name else 1.5 / math.sqrt(p.shape[1])
+        noise = torch.randn(p.shape, generator=generator) * scale
+        p.data = (noise + 1 if "norm" in name and name.endswith("weight") else noise).to(p.dtype)
+    return model
+
+
+def write_config(folder: Path, config: PersimmonConfig, form: str) -> None:
+    """config.json as the hub had it in 2023, or as transformers 5 writes it."""
+    raw = config.to_dict()
+    del raw["rope_scaling"], raw["rope_parameters"], raw["rope_theta"], raw["partial_rotary_factor"]
+    del raw["dtype"], raw["torch_dtype"]
+    if form == "2023":
+        raw |= {"rope_theta": config.rope_theta, "rope_scaling": None, "torch_dtype": "float32", "pretraining_tp": 1,
+                "num_key_value_heads": config.num_attention_heads, "rms_norm_eps": 1e-6}  # fmt: skip
+        if config.partial_rotary_factor != 0.5:
+            raw["partial_rotary_factor"] = config.partial_rotary_factor
+    else:
+        rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+        raw |= {"rope_parameters": {**rope, "partial_rotary_factor": config.partial_rotary_factor}, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """A folder for each config and form of config.json, written without save_pretrained."""
+    made = {}
+    for name, config in CONFIGS.items():
+        for form in ("2023", "transformers 5"):
+            folder = made[name, form] = tmp_path_factory.mktemp("model")
+            state = randomize(PersimmonForCausalLM(config)).state_dict()
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            write_config(folder, config, form)
+    return made
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def pair(request, folders):
+    """The same weights as our model and as transformers'."""
+    folder = folders[request.param, "transformers 5"]
+    return PersimmonForCausalLM.from_pretrained(folder), oracle(folder)
+
+
+def oracle(folder: Path, **options) -> transformers.PersimmonForCausalLM:
+    return transformers.PersimmonForCausalLM.from_pretrained(folder, dtype="float32", **options).eval()
+
+
+def random_ids(config: PersimmonConfig, rows: int = B, length: int = T, seed: int = 0) -> torch.Tensor:
+    return torch.randint(6, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def small(folders) -> PersimmonForCausalLM:
+    return PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
+
+
+# --- parity with transformers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["2023", "transformers 5"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_loss(folders, name, form):
+    ours, theirs = PersimmonForCausalLM.from_pretrained(folders[name, form]), oracle(folders[name, form])
+    assert theirs.config.rope_parameters["rope_theta"] == CONFIGS[name].rope_theta  # a parity of two wrong thetas is none
+    ids = random_ids(CONFIGS[name])
+    labels = ids.clone()
+    labels[0, :20] = -100
+    with torch.no_grad():
+        a, b = ours(ids, labels=labels), theirs(ids, labels=labels)
+        assert b.logits.std() > 0.3
+        assert close(a.logits, b.logits) and close(a.loss, b.loss)
+        assert close(ours(ids, logits_to_keep=3).logits, b.logits[:, -3:])
+        embeds = torch.randn(B, T, CONFIGS[name].hidden_size)
+        assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
+        assert close(ours.model(ids).last_hidden_state, theirs.model(ids).last_hidden_state)
+
+
+def test_gradients(pair):
+    ours, theirs = pair
+    ids = random_ids(ours.config)
+    ids[1, 30:35] = 5  # pad_token_id of D16, whose embedding gets no gradient
+    for model in pair:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        # Without QK-norm nothing holds back the gradients: they are in the hundreds there.
+        assert close(p.grad, expected[name].grad, 1e-4 * max(1.0, expected[name].grad.abs().max().item())), name
+        assert expected[name].grad.abs().max() > 1e-4, name
+    assert (ours.model.embed_tokens.weight.grad[5].abs().sum() == 0) == (ours.config.pad_token_id == 5)
+
+
+@pytest.mark.parametrize("which", ["hidden_dropout", "attention_dropout"])
+def test_dropout_is_where_transformers_has_it(folders, tmp_path, which):
+    """p = 1 drops everything, so training is deterministic, and differs from evaluation."""
+    source = folders["D64", "2023"]
+    write_config(tmp_path, replace(CONFIGS["D64"], **{which: 1.0}), "2023")
+    shutil.copy(source / "model.safetensors", tmp_path)
+    ours, theirs = PersimmonForCausalLM.from_pretrained(tmp_path), oracle(tmp_path)
+    ids = random_ids(CONFIGS["D64"])
+    with torch.no_grad():
+        assert close(ours.train()(ids).logits, theirs.train()(ids).logits)
+        dropped = ours(ids).logits
+        assert not close(dropped, ours.eval()(ids).logits, 0.1)
+        assert close(ours(ids).logits, theirs.eval()(ids).logits)
+
+
+def test_greedy_tokens_over_100_steps(pair):
+    ours, theirs = pair
+    ids = random_ids(ours.config, length=20)
+    ones = torch.ones_like(ids)
+    expected = theirs.generate(ids, attention_mask=ones, max_new_tokens=100, do_sample=False, pad_token_id=0)
+    assert len(set(expected[0, 20:].tolist())) > 3  # not one token for ever
+    assert torch.equal(ours.generate(ids, max_new_tokens=100), expected)
+    penalty = {"max_new_tokens": 60, "repetition_penalty": 1.3}
+    expected = theirs.generate(ids, attention_mask=ones, do_sample=False, pad_token_id=0, **penalty)
+    assert torch.equal(ours.generate(ids, **penalty), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding(pair, side):
+    ours, theirs = pair
+    ids = random_ids(ours.config)
+    mask = torch.ones_like(ids)
+    if side != "right":
+        mask[0, :13] = 0
+    if side != "left":
+        mask[1, 60:] = 0
+    with torch.no_grad():
+        a, b = ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits
+        alone = ours(ids[:1][mask[:1] == 1][None]).logits
+    assert a.isfinite().all()
+    assert close(a[mask == 1], b[mask == 1])
+    assert close(a[0][mask[0] == 1], alone[0])
+
+
+def test_bfloat16_is_as_exact_as_transformers(pair):
+    ours, theirs = pair
+    ids = random_ids(ours.config)
+    with torch.no_grad():
+        truth = theirs(ids).logits
+        a = PersimmonForCausalLM(ours.config).eval()
+        a.load_state_dict(ours.state_dict())
+        b = type(theirs)(theirs.config).eval()
+        b.load_state_dict(theirs.state_dict())
+        a, b = (m.bfloat16()(ids).logits.float() for m in (a, b))
+    assert truth.numel() >= 10_000
+    rms = [(x - truth).square().mean().sqrt().item() for x in (a, b)]
+    assert 0 < rms[0] <= 1.1 * rms[1], rms
+
+
+# --- positions, cache, mask ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(5, 1, 3), (1, 1, 7), (9,), (2, 7)])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_chunks_equal_one_go(pair, chunks, is_padded):
+    model, ids = pair[0], random_ids(pair[0].config, length=9)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        whole = model(ids, mask if is_padded else None).logits
+        cache, parts = KVCache(model.config, B, 9, torch.float32, "cpu"), []
+        cache.keys.fill_(math.nan), cache.values.fill_(math.nan)  # nothing may be read that was not written
+        for n in chunks:
+            seen = cache.length
+            part_mask = mask[:, : seen + n] if is_padded else None
+            parts.append(model(ids[:, seen : seen + n], part_mask, cache=cache).logits)
+            assert cache.length == int(cache.position) == seen + n
+    kept = mask == 1 if is_padded else mask >= 0
+    assert close(torch.cat(parts, 1)[kept], whole[kept], 1e-5)
+
+
+def test_cache_refuses_what_does_not_fit(small):
+    cache = KVCache(small.config, B, 9, torch.float32, "cpu")
+    with torch.no_grad():
+        small(random_ids(small.config, length=6), cache=cache)
+        with pytest.raises(ValueError, match="room for 9 positions: 6 are taken and 4 more"):
+            small(random_ids(small.config, length=4), cache=cache)
+        with pytest.raises(ValueError, match="batch of 2, the input has 1 rows"):
+            small(random_ids(small.config, rows=1, length=2), cache=cache)
+        assert cache.length == int(cache.position) == 6  # an error moves nothing
+        small(random_ids(small.config, length=3), cache=cache)
+
+
+def test_position_ids(pair):
+    """Far positions agree with transformers, and differ from near ones: rounding at 16000 is part of the model."""
+    ours, theirs = pair
+    ids, far = random_ids(ours.config), torch.arange(16000, 16000 + T)[None]
+    scattered = torch.arange(T)[None] * 3
+    with torch.no_grad():
+        assert close(ours(ids, position_ids=far).logits, theirs(ids, position_ids=far).logits)
+        # transformers takes a jump in position_ids for a new sequence, unless there is a mask
+        b = theirs(ids, position_ids=scattered, attention_mask=torch.ones_like(ids)).logits
+        assert close(ours(ids, position_ids=scattered).logits, b)
+        assert not close(ours(ids).logits, b, 1e-2)
+
+
+def test_rope_turns_the_first_R_of_D_only():
+    config = PersimmonConfig()  # D = 64, R = 32
+    x, position_ids = torch.randn(1, 3, 2, 64), torch.tensor([[0, 1, 16383]])
+    y = apply_rope(x, *rope_tables(position_ids, config, torch.float32))
+    assert torch.equal(y[..., 32:], x[..., 32:])
+    assert torch.equal(y[:, 0], x[:, 0])
+    for t, p in enumerate((0, 1, 16383)):
+        for i in range(16):
+            angle = p * 25000.0 ** (-2 * i / 32)
+            a, b = x[0, t, 1, i].double(), x[0, t, 1, i + 16].double()
+            expected = torch.stack((a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)))
+            # float32 holds an angle of 16383 to 1e-3
+            assert close(y[0, t, 1, [i, i + 16]].double(), expected, 1e-5 if p < 2 else 6e-3)
+
+
+def test_inputs_that_do_not_fit(small):
+    ids = random_ids(small.config, length=4)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) and has to have \(B, S\) = \(2, 4\)"):
+        small(ids, attention_mask=torch.ones(2, 3))
+    for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(2, 4, 48)}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            small(**arguments)
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        small(ids, labels=ids, logits_to_keep=1)
+
+
+# --- the shape comments, executed ------------------------------------------------------------------------------------
+
+SHAPE = re.compile(r"#.*?\(([0-9A-Z][0-9A-Z*/+, ]*)\)")
+
+
+def shape_comments() -> dict[int, tuple[int, list[str], list[str]]]:
+    """First line of an assignment -> (its last line, the names it assigns, the axes that the comment there claims)."""
+    source = Path(persimmon.__file__).read_text().splitlines()
+    found = {}
+    for node in ast.walk(ast.parse("\n".join(source))):
+        claim = SHAPE.search(source[node.end_lineno - 1]) if isinstance(node, ast.Assign) else None
+        if claim:
+            target = node.targets[0]
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            axes = [axis.strip() for axis in claim[1].split(",") if axis.strip()]
+            found[node.lineno] = node.end_lineno, [ast.unparse(name) for name in names], axes
+    return found
+
+
+def test_shape_comments(small):
+    """Run the model under a tracer that compares what each commented line has assigned with what it says.
+
+    Letters are looked up in the config, as local variables, and as the caller's; no two sizes are equal.
+    """
+    claims, checked, c = shape_comments(), set(), small.config
+    sizes = {"C": c.hidden_size, "F": c.intermediate_size, "L": c.num_hidden_layers, "V": c.vocab_size,
+             "H": c.num_attention_heads, "D": c.head_size, "R": c.rotary_size}  # fmt: skip
+    assert len(set(sizes.values()) | {2, 7, 5, 12, 14}) == len(sizes) + 5
+
+    def check(frame, line):
+        end, names, axes = claims[line]
+        scope, letters = frame, dict(sizes)
+        while scope is not None:
+            own = {name: scope.f_locals[name] for name in "BTSN" if name in scope.f_locals}
+            if scope.f_code.co_name == "forward" and scope.f_locals.get("input_ids") is not None:
+                own |= dict(zip("BT", scope.f_locals["input_ids"].shape))
+            letters = own | letters
+            scope = scope.f_back
+        expected = tuple(int(eval(axis, {}, letters)) for axis in axes)
+        for name in names:
+            shape = tuple(eval(name, {}, frame.f_locals).shape)
+            assert shape == expected, f"line {line}: {name} is {shape}, the comment says {axes} = {expected}"
+        checked.add(line)
+
+    def tracer(frame, event, _):
+        if frame.f_code.co_filename != persimmon.__file__ or frame.f_code.co_name.startswith("<"):
+            return None
+        last = None
+
+        def lines(frame, event, _):
+            nonlocal last
+            if last in claims and (event == "return" or not last <= frame.f_lineno <= claims[last][0]):
+                check(frame, last)
+            if event == "line" and not (last in claims and last <= frame.f_lineno <= claims[last][0]):
+                last = frame.f_lineno
+            return lines
+
+        return lines
+
+    def run():
+        ids = random_ids(c, rows=2, length=7)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+        list(generate(small, ids, mask, max_new_tokens=5, **options))
+        list(generate(small, ids, max_new_tokens=5))
+        cache = KVCache(c, 2, 14, torch.float32, "cpu")
+        with torch.no_grad():
+            small(ids, cache=cache)
+            small(ids[:, :5], cache=cache)
+            small(ids, labels=ids)
+        small.generate(ids, max_new_tokens=5)
+
+    sys.settrace(tracer)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    assert len(claims) > 40
+    assert checked == set(claims), f"never run: lines {sorted(set(claims) - checked)}"
+    # every comment that looks like a shape stands on such a line
+    lines = Path(persimmon.__file__).read_text().splitlines()
+    code = [n for n, line in enumerate(lines, 1) if SHAPE.search(line)]
+    assert sorted(end for end, _, _ in claims.values()) == code
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0])
+
+
+def generators(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(n)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2},
+     {"temperature": 0.7, "top_k": 6, "top_p": 0.9, "min_p": 0.05}],
+)  # fmt: skip
+def test_sampling_has_the_exact_probabilities(options):
+    """A chi-square test against the probabilities that transformers' filters leave."""
+    options = {"temperature": 1.0, **options}
+    scores = TemperatureLogitsWarper(options["temperature"])(None, LOGITS[None])
+    for name, warper in {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}.items():
+        scores = warper(options[name])(None, scores) if name in options else scores
+    p = scores.softmax(-1)[0]
+    n = 20_000
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(LOGITS.expand(n, -1), [generator] * n, **options)
+    count = torch.bincount(drawn, minlength=len(LOGITS)).double()
+    kept = p > 0
+    assert count[~kept].sum() == 0
+    chi_square = ((count[kept] - n * p[kept]) ** 2 / (n * p[kept])).sum().item()
+    # 99.9% quantiles of chi-square for 0 to 7 degrees of freedom
+    assert chi_square < (0.0001, 10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32)[int(kept.sum()) - 1]
+
+
+def test_greedy_ties_and_limits():
+    tied = torch.tensor([[0.0, 3.0, 3.0, 1.0, 3.0]] * 20)
+    assert sample(tied, [], 0.0).tolist() == [1] * 20
+    for options in ({"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}):
+        assert sample(tied, generators(20), 1.0, **options).tolist() == [1] * 20  # greedy, ties included
+    assert set(sample(tied, generators(20), 1.0, min_p=1.0).tolist()) == {1, 2, 4}
+    assert set(sample(tied, generators(20), 1e-30).tolist()) == {1, 2, 4}  # no overflow to inf - inf
+    assert set(sample(tied, generators(20), 1.0, top_k=2).tolist()) == {1, 2}
+    assert sample(tied, generators(20), 1.0, top_k=99).max() <= 4
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def count_passes(model) -> list[int]:
+    """New positions of each forward pass from now on."""
+    passes = []
+    model.model.register_forward_hook(lambda module, args, output: passes.append(output.last_hidden_state.shape[1]))
+    return passes
+
+
+def test_n_tokens_are_n_passes(folders):
+    model = PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
+    passes = count_passes(model)
+    steps = list(generate(model, random_ids(model.config, length=7), max_new_tokens=6))
+    assert len(steps) == 6 and passes == [7, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "repetition_penalty": 1.2, "top_p": 0.9}])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_does_not_depend_on_its_batch(pair, side, options):
+    model, lengths = pair[0], (11, 3, 1, 8)
+    rows = [random_ids(model.config, 1, n, seed=n)[0] for n in lengths]
+    ids, mask = torch.full((4, 11), 5), torch.zeros(4, 11, dtype=torch.long)
+    for b, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(11 - len(row), 11)
+        ids[b, at], mask[b, at] = row, 1
+    together = list(generate(model, ids, mask, max_new_tokens=30, seed=4, **options))
+    for b, row in enumerate(rows):
+        alone = list(generate(model, row[None], max_new_tokens=30, seed=4 + b, **options))
+        assert [s.tokens[b] for s in together] == [s.tokens[0] for s in alone]
+    if options:
+        other = list(generate(model, ids, mask, max_new_tokens=30, seed=400, **options))
+        assert [s.tokens for s in other] != [s.tokens for s in together]
+
+
+def test_logprobs_are_the_models(small):
+    ids = random_ids(small.config, length=7)
+    steps = list(generate(small, ids, max_new_tokens=5, temperature=0.7, top_k=3, repetition_penalty=1.5))
+    new = torch.tensor([s.tokens for s in steps]).T
+    with torch.no_grad():
+        logprobs = small(torch.cat((ids, new), 1)).logits.log_softmax(-1)[:, 6:-1].gather(2, new[..., None])[..., 0]
+    assert close(torch.tensor([s.logprobs for s in steps]).T, logprobs, 1e-5)
+
+
+def test_stop_ids_and_padding(small):
+    ids = random_ids(small.config, length=7)
+    free = list(generate(small, ids, max_new_tokens=12))
+    rows = [[s.tokens[b] for s in free] for b in range(2)]
+    assert [s.finish_reasons for s in free] == [[None, None]] * 11 + [["length", "length"]]
+    stop = next(t for t in rows[0] if t not in rows[1])
+    at = rows[0].index(stop)
+    steps = list(generate(small, ids, max_new_tokens=12, stop_ids=[stop]))
+    assert [s.tokens[1] for s in steps] == rows[1]  # the other row goes on undisturbed
+    assert [s.tokens[0] for s in steps] == rows[0][: at + 1] + [5] * (11 - at)
+    assert [s.finish_reasons[0] for s in steps] == [None] * at + ["stop"] * (12 - at)
+    assert all(s.logprobs[0] == 0.0 for s in steps[at + 1 :])
+    assert len(list(generate(small, ids[:1], max_new_tokens=12, stop_ids=[stop]))) == at + 1
+    small.config.__dict__["eos_token_id"] = stop  # the default; the dataclass is frozen for everyone else
+    try:
+        output = small.generate(ids, max_new_tokens=12)
+        assert len(list(generate(small, ids[:1], max_new_tokens=12))) == at + 1
+        assert len(list(generate(small, ids[:1], max_new_tokens=12, stop_ids=()))) == 12
+    finally:
+        small.config.__dict__["eos_token_id"] = None
+    assert output.tolist() == [ids[0].tolist() + rows[0][: at + 1] + [5] * (11 - at), ids[1].tolist() + rows[1]]
+
+
+def test_the_context_limit(small):
+    limit = small.config.max_position_embeddings
+    ids, mask = random_ids(small.config, length=limit - 3), torch.ones(2, limit - 3, dtype=torch.long)
+    mask[1, :10] = 0
+    steps = list(generate(small, ids, mask, max_new_tokens=50))
+    assert [s.finish_reasons[0] for s in steps] == [None] * 2 + ["context"] * 11  # each row has a context of its own
+    assert [s.finish_reasons[1] for s in steps] == [None] * 12 + ["context"]
+    assert [s.finish_reasons for s in generate(small, ids, max_new_tokens=3)][-1] == ["length", "length"]
+    assert len(list(generate(small, random_ids(small.config, length=limit - 1)))) == 1
+    with pytest.raises(ValueError, match="160 tokens and leaves no room for another one: the context limit is 160"):
+        next(generate(small, random_ids(small.config, length=limit)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"max_new_tokens": 0}, "max_new_tokens = 0 is out of range"), ({"temperature": -1.0}, "temperature = -1.0"),
+     ({"temperature": math.nan}, "temperature = nan"), ({"top_p": 1.5}, "top_p = 1.5"), ({"top_k": -1}, "top_k = -1"),
+     ({"min_p": 2}, "min_p = 2"), ({"repetition_penalty": 0}, "repetition_penalty = 0"), ({"seed": -1}, "seed = -1"),
+     ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "a token at least"),
+     ({"input_ids": torch.tensor([[1, 97]])}, "ids from 1 to 97: the model's vocabulary has 97"),
+     ({"input_ids": torch.tensor([[-1, 9]])}, "ids from -1"),
+     ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
+     ({"attention_mask": torch.zeros(1, 3)}, "row 0 of the prompt is nothing but padding")],
+)  # fmt: skip
+def test_generate_refuses(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(generate(small, **{"input_ids": torch.tensor([[1, 2, 3]]), **arguments}))
+
+
+def test_model_generate_lengths(small):
+    ids = random_ids(small.config, length=7)
+    assert torch.equal(small.generate(ids, max_length=12), small.generate(ids, max_new_tokens=5))
+    assert small.generate(ids).shape == (2, 160)  # 200 by default, and the context is 160
+    with pytest.raises(ValueError, match="max_length = 7 leaves no room: the prompt has 7 tokens"):
+        small.generate(ids, max_length=7)
+    with pytest.raises(ValueError, match="not both"):
+        small.generate(ids, max_length=9, max_new_tokens=2)
+
+
+def test_logits_that_are_not_numbers(folders):
+    model = PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
+    model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="token 1: the logits are not numbers"):
+        next(generate(model, random_ids(model.config)))
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "To be, or not to be",
+          "how vexingly quick daft zebras jump", "sphinx of black quartz, judge my vow", "été à la plage"] * 3  # fmt: skip
+
+
+def train_sentencepiece(file: Path, **options) -> sentencepiece.SentencePieceProcessor:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=330, byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    file.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(file))
+
+
+ENDOFTEXT = {"user_defined_symbols": ["|ENDOFTEXT|"]}
+STYLES = {
+    "as SentencePiece makes it": ENDOFTEXT,
+    "control": {"control_symbols": ["|ENDOFTEXT|"], "normalization_rule_name": "identity"},
+    "spaces kept": {**ENDOFTEXT, "remove_extra_whitespaces": False},
+    "no space in front": {**ENDOFTEXT, "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> dict[str, tuple[Tokenizer, sentencepiece.SentencePieceProcessor]]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {}
+    for style, options in STYLES.items():
+        file = folder / f"{style}.model"
+        oracle = train_sentencepiece(file, **options)
+        made[style] = Tokenizer(file), oracle
+    return made
+
+
+texts = st.text(max_size=40) | st.lists(st.sampled_from(["the", " quick", "  ", "\n", "é", "日本", "🙂", "fox "])).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts, style=st.sampled_from(list(STYLES)))
+@example(text="", style="as SentencePiece makes it")
+@example(text="  a  b ", style="spaces kept")
+def test_tokenizer_is_sentencepiece(tokenizers, text, style):
+    tokenizer, oracle = tokenizers[style]
+    ids = oracle.encode(text)
+    assert tokenizer.encode(text, add_bos=False) == ids
+    assert tokenizer.encode(text) == [oracle.piece_to_id("|ENDOFTEXT|"), *ids]
+    assert tokenizer.decode(tokenizer.encode(text)) == oracle.decode(ids)
+
+
+@st.composite
+def token_sequences(draw):
+    """Any ids, but often bytes, and often bytes that make characters."""
+    byte = st.integers(0, 255).map(lambda value: f"<0x{value:02X}>")
+    characters = st.characters(min_codepoint=0x80, exclude_categories=["Cs"])
+    character = characters.map(lambda c: [f"<0x{b:02X}>" for b in c.encode()])
+    piece = st.integers(0, 340)
+    runs = st.one_of(piece.map(lambda i: [i]), byte.map(lambda b: [b]), character, character.map(lambda c: c[:-1]),
+                     st.sampled_from([["▁"], ["|ENDOFTEXT|"], ["▁the"], ["</s>"]]))  # fmt: skip
+    return [token for run in draw(st.lists(runs, max_size=12)) for token in run]
+
+
+@settings(max_examples=500, deadline=None)
+@given(sequence=token_sequences(), prompt=token_sequences(), style=st.sampled_from(list(STYLES)))
+@example(sequence=["▁the", "▁the"], prompt=["|ENDOFTEXT|"], style="as SentencePiece makes it")
+@example(sequence=["▁the"], prompt=["▁the"], style="as SentencePiece makes it")
+@example(sequence=["<0xC3>", "<0xC3>", "▁the", "<0xA9>"], prompt=[], style="spaces kept")
+@example(sequence=["<0xE2>", "|ENDOFTEXT|", "<0x82>", "<0xAC>"], prompt=[], style="control")
+@example(sequence=["<0xED>", "<0xA0>", "<0x80>", "<0xF4>", "<0x90>", "<0xC0>", "<0x80>"], prompt=["▁"], style="control")
+def test_streaming_equals_decoding_the_whole(tokenizers, sequence, prompt, style):
+    tokenizer, oracle = tokenizers[style]
+    new, old = ([i if isinstance(i, int) else oracle.piece_to_id(i) for i in part] for part in (sequence, prompt))
+    whole = tokenizer.decode(old + new)
+    eot, unknown = tokenizer.end_of_text, oracle.unk_id()
+    assert whole == oracle.decode([i if i < len(oracle) else unknown for i in old + new if i != eot])
+    decoder, text = StreamDecoder(tokenizer, []), ""
+    for n, i in enumerate(old + new, 1):
+        text += decoder.push(i)
+        assert whole.startswith(text) or not text.isprintable()
+        assert len(tokenizer.decode((old + new)[:n])) - len(text) <= 3  # nothing is held but a torn character
+    assert text + decoder.finish() == whole
+    # after a prompt that ends where a character ends, only what follows it
+    before = tokenizer.decode(old)
+    if not before.endswith("\ufffd"):
+        decoder = StreamDecoder(tokenizer, old)
+        assert before + "".join(map(decoder.push, new)) + decoder.finish() == whole
+
+
+def test_no_torn_character_is_shown(tokenizers):
+    tokenizer, oracle = tokenizers["spaces kept"]
+    ids = tokenizer.encode("日🙂é fox", add_bos=False)
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(i) for i in ids]
+    assert "\ufffd" not in "".join(pieces) and "".join(pieces) == "日🙂é fox"
+    assert pieces.count("") >= 2 + 3  # the bytes before the last one of 日 and of 🙂
+
+
+def test_tokenizer_files(tmp_path):
+    oracle = train_sentencepiece(tmp_path / "tokenizer.model", **ENDOFTEXT)
+    bos = [oracle.piece_to_id("|ENDOFTEXT|")]
+    for config, expected in (({}, bos), ({"add_bos_token": True}, bos), ({"add_bos_token": False}, [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert Tokenizer(tmp_path).encode("fox") == expected + oracle.encode("fox")
+        assert Tokenizer(tmp_path / "tokenizer.model").encode("fox") == expected + oracle.encode("fox")
+    assert Tokenizer(tmp_path).encode("fox", add_bos=True) == bos + oracle.encode("fox")
+    assert len(Tokenizer(tmp_path)) == len(oracle)
+    oracle = train_sentencepiece(tmp_path / "plain.model")
+    assert Tokenizer(tmp_path / "plain.model").end_of_text == oracle.eos_id() == 2
+    train_sentencepiece(tmp_path / "none.model", eos_id=-1)
+    with pytest.raises(ValueError, match="none.model has no piece |ENDOFTEXT|"):
+        Tokenizer(tmp_path / "none.model")
+    with pytest.raises(FileNotFoundError, match="no file .*nothing"):
+        Tokenizer(tmp_path / "nothing")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="bad.model is damaged or no SentencePiece model"):
+        Tokenizer(tmp_path / "bad.model")
+
+
+def test_tokenizer_batches(tokenizers, small):
+    tokenizer, oracle = tokenizers["spaces kept"]
+    batch = tokenizer(["the fox", "the lazy dog jumps"], return_tensors="pt")
+    lengths = batch["attention_mask"].sum(1).tolist()
+    for ids, mask, text in zip(*batch.values(), ["the fox", "the lazy dog jumps"]):
+        assert ids[mask == 1].tolist() == tokenizer.encode(text)
+        assert mask.sort().values.equal(mask)  # padding on the left
+    assert lengths[0] < lengths[1] == batch["input_ids"].shape[1]
+    assert tokenizer("the fox")["input_ids"].tolist() == [tokenizer.encode("the fox")]
+    with pytest.raises(ValueError, match="return_tensors = 'np'"):
+        tokenizer("fox", return_tensors="np")
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer("a\udc80")
+
+
+def test_chat_prompt():
+    assert chat_prompt(["Hi, there"]) == "human: Hi, there\n\nadept:"
+    assert chat_prompt(["a", " b ", "c"]) == "human: a\n\nadept: b\n\nhuman: c\n\nadept:"
+    with pytest.raises(ValueError, match="turn 2 is adept's"):
+        chat_prompt(["a", "b"])
+
+
+# --- config, loading, saving -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported: a Persimmon checkpoint has 'relu2'"),
+     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "config key type = 'linear' is not supported"),
+     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+     ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "config key factor of RoPE is not supported"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}, "config key factor of RoPE"),
+     ({"rope_parameters": [1]}, r"rope_parameters = \[1\]"),
+     ({"num_key_value_heads": 1}, "num_key_value_heads = 1 is not supported: a Persimmon checkpoint has 3"),
+     ({"head_dim": 32}, "head_dim = 32"), ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+     ({"model_type": "llama"}, "model_type = 'llama'"), ({"quantization_config": {}}, "quantization_config"),
+     ({"hidden_size": 49}, "hidden_size = 49 is not a multiple of num_attention_heads = 3"),
+     ({"hidden_size": "big"}, "hidden_size = 'big' is not of type int"), ({"num_hidden_layers": 0}, "is not above zero"),
+     ({"qk_layernorm": 1}, "qk_layernorm = 1 is not of type bool"), ({"hidden_dropout": 1.5}, "hidden_dropout = 1.5"),
+     ({"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\]"), ({"pad_token_id": 97}, "pad_token_id = 97"),
+     ({"partial_rotary_factor": 0.2}, "rotates 3 of the 16.*an even number"), ({"rope_theta": 0}, "rope_theta = 0"),
+     ({"partial_rotary_factor": 0.01}, "partial_rotary_factor = 0.01 rotates 0 of the 16"),
+     ({"torch_dtype": "int8"}, "dtype int8 is not supported")],
+)  # fmt: skip
+def test_config_refuses(folders, tmp_path, change, message):
+    raw = json.loads((folders["D16", "2023"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(ValueError, match=message):
+        PersimmonConfig.from_pretrained(tmp_path)
+
+
+def test_config_files(tmp_path):
+    assert PersimmonConfig().hidden_dropout == 0.0 and PersimmonConfig().head_size == 64
+    with pytest.raises(FileNotFoundError, match="no file .*config.json"):
+        PersimmonConfig.from_pretrained(tmp_path)
+    for text, message in (("{", "not valid JSON"), ("[]", "has to hold a JSON object, not a list"), ("\xff", "JSON")):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=message):
+            PersimmonConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "persimmon", "rope_scaling": null, "bos_token_id": null}')
+    assert PersimmonConfig.from_pretrained(tmp_path) == PersimmonConfig(bos_token_id=None)
+    with pytest.raises(AttributeError):
+        PersimmonConfig().hidden_size = 5
+
+
+@pytest.fixture
+def folder(folders, tmp_path) -> Path:
+    """A copy of a model's folder, to be damaged."""
+    return Path(shutil.copytree(folders["D16", "2023"], tmp_path / "model"))
+
+
+def shard(folder: Path) -> dict:
+    """Split model.safetensors in two with an index; return the index."""
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    for file, part in parts.items():
+        save_file({name: state[name] for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return index
+
+
+def test_shards(folder, small):
+    shard(folder)
+    state = PersimmonForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(state[name], p) for name, p in small.state_dict().items())
+
+
+def damage(folder: Path, kind: str) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    if kind == "missing":
+        del state["model.layers.2.mlp.dense_h_to_4h.bias"]
+    elif kind == "unexpected":
+        state["model.layers.4.mlp.dense_h_to_4h.bias"] = torch.zeros(80)
+    elif kind == "misshapen":
+        state["model.layers.2.self_attn.dense.bias"] = torch.zeros(47)
+    elif kind == "integers":
+        state["lm_head.weight"] = state["lm_head.weight"].to(torch.int8)
+    if kind in ("missing", "unexpected", "misshapen", "integers"):
+        file.unlink()
+        save_file(state, file)
+    elif kind == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "not safetensors":
+        file.write_bytes(b"PK\x03\x04 something else entirely")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "only .bin":
+        file.rename(folder / "pytorch_model-00001-of-00002.bin")
+    elif kind == "no weights":
+        file.unlink()
+    elif kind == "shard missing":
+        shard(folder)
+        (folder / "model-00002-of-00002.safetensors").unlink()
+    elif kind == "shard cut off":
+        shard(folder)
+        (folder / "model-00002-of-00002.safetensors").write_bytes(b"\x09" * 50)
+    elif kind == "wrong shard":
+        index = shard(folder)
+        index["weight_map"]["lm_head.weight"] = "model-00002-of-00002.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "bad index":
+        shard(folder)
+        (folder / "model.safetensors.index.json").write_text("{}")
+    elif kind == "no folder":
+        shutil.rmtree(folder)
+
+
+DAMAGES = {
+    "missing": "lacks the tensor layers.2.mlp.dense_h_to_4h.bias",
+    "unexpected": "has the tensor model.layers.4.mlp.dense_h_to_4h.bias, which is not in a PersimmonForCausalLM",
+    "misshapen": r"model.safetensors has the tensor model.layers.2.self_attn.dense.bias in shape \(47,\)",
+    "integers": "model.safetensors has the tensor lm_head.weight as torch.int8",
+    "cut off": "model.safetensors is cut off, damaged or no safetensors file",
+    "not safetensors": "model.safetensors is cut off, damaged or no safetensors file",
+    "empty": "model.safetensors is cut off, damaged or no safetensors file",
+    "only .bin": "python convert.py .*model .*model-safetensors",
+    "no weights": "holds no weights",
+    "shard missing": "index.json says that .* is in model-00002-of-00002.safetensors, and there is no such file",
+    "shard cut off": "model-00002-of-00002.safetensors is cut off, damaged",
+    "wrong shard": "model-00002-of-00002.safetensors lacks the tensor lm_head.weight",
+    "bad index": "index.json has no weight_map",
+    "no folder": "there is no folder .*model",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_loading_is_strict(folder, kind):
+    damage(folder, kind)
+    with pytest.raises((ValueError, FileNotFoundError), match=DAMAGES[kind]) as caught:
+        PersimmonForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_exceptions_to_strictness(folder, small):
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    state["model.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(state, folder / "model.safetensors")
+    ids = random_ids(small.config)
+    with torch.no_grad():
+        expected = small.model(ids).last_hidden_state
+        assert torch.equal(PersimmonForCausalLM.from_pretrained(folder)(ids).logits, small(ids).logits)
+        bare = PersimmonModel.from_pretrained(folder)
+        assert torch.equal(bare(ids).last_hidden_state, expected)
+        bare.save_pretrained(folder)  # now without `model.` in front of the names
+        assert "layers.0.mlp.dense_h_to_4h.bias" in load_file(folder / "model.safetensors")
+        assert torch.equal(PersimmonModel.from_pretrained(folder)(ids).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="lacks the tensor lm_head.weight"):
+        PersimmonForCausalLM.from_pretrained(folder)
+
+
+def test_dtype(folder):
+    def dtype_of(config_dtype, tensors, dtype="auto"):
+        state = {name: t.to(tensors) for name, t in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors")
+        raw = json.loads((folder / "config.json").read_text())
+        raw.pop("torch_dtype", None), raw.pop("dtype", None)
+        (folder / "config.json").write_text(json.dumps(raw | config_dtype))
+        model = PersimmonForCausalLM.from_pretrained(folder, dtype)
+        (found,) = {p.dtype for p in model.parameters()}
+        return found
+
+    assert dtype_of({}, torch.float32) == torch.float32
+    assert dtype_of({"torch_dtype": "bfloat16"}, torch.float32) == torch.bfloat16
+    assert dtype_of({"dtype": "float16", "torch_dtype": "bfloat16"}, torch.float32) == torch.float16
+    assert dtype_of({"torch_dtype": "bfloat16"}, torch.float32, "float32") == torch.float32
+    assert dtype_of({"torch_dtype": "bfloat16"}, torch.float32, torch.float16) == torch.float16
+    assert dtype_of({}, torch.bfloat16) == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype float8 is not supported: use one of bfloat16, float16, float32"):
+        PersimmonForCausalLM.from_pretrained(folder, "float8")
+
+
+def test_weights_are_mapped_and_training_leaves_the_file(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = PersimmonForCausalLM.from_pretrained(folder)
+    assert not model.training and str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+    ids = random_ids(model.config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_save_pretrained(folder, tmp_path, monkeypatch):
+    model, ids = PersimmonForCausalLM.from_pretrained(folder), random_ids(CONFIGS["D16"])
+    new = tmp_path / "deep" / "new"
+    model.save_pretrained(new)
+    assert sorted(os.listdir(new)) == ["config.json", "model.safetensors"] and os.listdir(new.parent) == ["new"]
+    assert oct(new.stat().st_mode)[-3:] == oct(folder.stat().st_mode)[-3:]  # and not a temporary folder's
+    with torch.no_grad():
+        expected = model(ids).logits
+        theirs = oracle(new)
+        assert torch.equal(PersimmonForCausalLM.from_pretrained(new)(ids).logits, expected)
+        assert close(theirs(ids).logits, expected)
+        theirs.save_pretrained(tmp_path / "theirs")  # and back
+        assert torch.equal(PersimmonForCausalLM.from_pretrained(tmp_path / "theirs")(ids).logits, expected)
+    assert PersimmonConfig.from_pretrained(tmp_path / "theirs") == PersimmonConfig.from_pretrained(new)
+    # over itself, in another dtype, beside a file that stays
+    (new / "tokenizer.model").write_bytes(b"x")
+    model.bfloat16().save_pretrained(new)
+    assert (new / "tokenizer.model").exists() and PersimmonConfig.from_pretrained(new).dtype == "bfloat16"
+    assert next(PersimmonForCausalLM.from_pretrained(new).parameters()).dtype == torch.bfloat16
+    # whole or not at all
+    before = {file.name: file.read_bytes() for file in new.iterdir()}
+
+    def fails(*args, **kwargs):
+        save_file(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    for target in (new, tmp_path / "other"):
+        with pytest.raises(KeyboardInterrupt):
+            model.float().save_pretrained(target)
+    assert {file.name: file.read_bytes() for file in new.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["deep", "model", "theirs"] and os.listdir(new.parent) == ["new"]
+
+
+def test_new_weights():
+    config = replace(CONFIGS["D16"], initializer_range=0.05)
+    for name, p in PersimmonForCausalLM(config).named_parameters():
+        if p.dim() == 2:
+            assert 0.04 < p.std() < 0.06 and abs(p.mean()) < 0.01, name
+        else:
+            assert (p == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all(), name
+    assert (PersimmonForCausalLM(config).model.embed_tokens.weight[5] == 0).all()
+
+
+# --- the file alone, the well-known snippet, tiny/, the command line -------------------------------------------------
+
+
+def test_persimmon_py_alone_needs_torch_only(tmp_path):
+    shutil.copy(HERE / "persimmon.py", tmp_path)
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("safetensors", "sentencepiece", "triton", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch
+threads, state = torch.get_num_threads(), torch.get_rng_state()
+import persimmon
+assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+config = persimmon.PersimmonConfig(vocab_size=50, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                                   num_attention_heads=2)
+model = persimmon.PersimmonForCausalLM(config).eval()
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape)
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "torch.Size([1, 8])\n", result.stderr
+    assert result.stderr == ""
+
+
+def test_the_snippet_of_transformers_documentation():
+    """With its imports changed, and this project's model for Adept's."""
+    path = TINY
+    tokenizer = Tokenizer(path)
+    model = PersimmonForCausalLM.from_pretrained(path, dtype="auto")
+    inputs = tokenizer("Plants create energy through a process known as photosynthesis.", return_tensors="pt")
+    outputs = model.generate(**inputs, max_length=50)
+    text = tokenizer.decode(outputs[0])
+    assert text.startswith("Plants create energy through a process known as photosynthesis.") and len(outputs[0]) <= 50
+
+
+def test_tiny_is_a_persimmon():
+    config, tokenizer = PersimmonConfig.from_pretrained(TINY), Tokenizer(TINY)
+    assert (config.head_size, config.rotary_size, config.rope_theta) == (64, 32, 25000.0) and config.qk_layernorm
+    assert config.intermediate_size == 4 * config.hidden_size and config.vocab_size == len(tokenizer)
+    assert config.bos_token_id == config.eos_token_id == tokenizer.end_of_text
+    assert tokenizer.processor.id_to_piece(tokenizer.end_of_text) == "|ENDOFTEXT|"
+    assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 11e6
+    theirs = oracle(TINY)
+    ids = tokenizer("ROMEO:\nWhat light through yonder window breaks?\n")["input_ids"]
+    with torch.no_grad():
+        ours = PersimmonForCausalLM.from_pretrained(TINY, "float32")
+        assert close(ours(ids).logits, theirs(ids).logits)
+        loss = ours(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / len(tokenizer.decode(ids[0]))
+    assert loss < 2.0  # nats a character; noise has log(1024) a token, about 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60) | st.text("ab \n\t.", max_size=60))
+def test_tiny_tokenizer_loses_nothing(text):
+    tokenizer = Tokenizer(TINY)
+    text = text.replace("\0", "")  # SentencePiece's own end of string
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")  # its own sign for a space
+
+
+def test_train_script(tmp_path):
+    text = "".join(f"{line}\n" for line in CORPUS * 30)
+    (tmp_path / "text").write_text(text)
+    command = [sys.executable, TINY / "train.py", "--text", "text", "--out", "out", "--steps", "2", "--batch", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model = PersimmonForCausalLM.from_pretrained(tmp_path / "out")
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+    ]  # fmt: skip
+    oracle(tmp_path / "out")
+
+
+def sample_py(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, HERE / "sample.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=120, **{"cwd": "/", **options})
+
+
+def test_command_line_writes_text():
+    first, second = (sample_py("--seed", "7", "-n", "30") for _ in range(2))
+    assert first.returncode == 0
+    assert first.stdout == second.stdout and first.stdout.decode().startswith("ROMEO:\n") and len(first.stdout) > 40
+    assert first.stdout != sample_py("--seed", "8", "-n", "30").stdout
+    figures = first.stderr.decode()
+    for figure in ("prompt ", " tok/s", "first token after", "generated      30 tokens", "GB/s", "peak memory", "seed 7",
+                   "stopped by length"):  # fmt: skip
+        assert figure in figures, figures
+
+
+def test_command_line_options():
+    greedy = sample_py("To be, or not", "--temp", "0", "-n", "20", "--quiet", "--dtype", "float32", "--threads", "1")
+    assert greedy.stderr == b"" and greedy.stdout.startswith(b"To be, or not")
+    model, tokenizer = PersimmonForCausalLM.from_pretrained(TINY, "float32"), Tokenizer(TINY)
+    ids = torch.tensor([tokenizer.encode("To be, or not")])
+    assert greedy.stdout.decode() == tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]) + "\n"
+    ids = ids[:, 1:]
+    no_bos = sample_py("To be, or not", "--temp", "0", "-n", "20", "--quiet", "--dtype", "float32", "--no-bos")
+    assert no_bos.stdout.decode() == tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]) + "\n"
+    piped = sample_py("-", "--temp", "0", "-n", "20", "--quiet", "--dtype", "float32", input=b"To be, or not\n")
+    assert piped.stdout == greedy.stdout
+    several = sample_py("--num-samples", "3", "--seed", "5", "-n", "12", "--dtype", "float32").stdout.decode()
+    alone = [sample_py("--seed", str(s), "-n", "12", "--dtype", "float32").stdout.decode() for s in (5, 6, 7)]
+    assert several == "\n---\n\n".join(text if n == 2 else text + "" for n, text in enumerate(alone))
+    assert "top-p" in sample_py("--help").stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--model", "/nowhere"], "there is no folder /nowhere"), (["--temp", "-1"], "temperature = -1.0 is out of range"),
+     (["--temp", "hot"], "--temp: invalid float value: 'hot'"), (["--what"], "unrecognized arguments: --what"),
+     (["-n", "0"], "max_new_tokens = 0 is out of range"), (["--top-p", "2"], "top_p = 2.0 is out of range"),
+     (["--num-samples", "0"], "--num-samples"), (["--threads", "0"], "--threads"), (["--dtype", "int8"], "--dtype"),
+     (["--device", "abacus"], "--device abacus is not to be had here"), (["", "--no-bos"], "with a token at least"),
+     (["word " * 3000], "and leaves no room for another one: the context limit is"),
+     (["a\udc80"], "not valid Unicode"), (["-"], "standard input is not UTF-8: invalid start byte at byte 1")],
+)  # fmt: skip
+def test_command_line_errors(arguments, message):
+    result = sample_py(*arguments, input=b"a\xff")
+    error = result.stderr.decode(errors="replace")
+    assert result.returncode == 2 and result.stdout == b"" and message in error, error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut off", "only .bin", "not safetensors", "shard missing"])
+def test_command_line_with_a_damaged_folder(folder, kind):
+    damage(folder, kind)
+    result = sample_py("--model", folder, "fox")
+    assert result.returncode == 2 and result.stdout == b"" and result.stderr.count(b"\n") == 1, result.stderr
+
+
+def test_command_line_ctrl_c_and_closed_pipe():
+    command = [sys.executable, HERE / "sample.py", "-n", "1000", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in error and b"stopped by Ctrl-C" in error, error
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(30)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
+
+
+def test_command_line_in_a_terminal():
+    """On a terminal the note about the prompt is wiped again."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, HERE / "sample.py", "-n", "5"], stdout=subprocess.PIPE, stderr=slave)
+    output, _ = process.communicate(timeout=60)
+    os.close(slave)
+    screen = os.read(master, 10_000).decode()
+    assert output.startswith(b"ROMEO:\n") and re.match(r"reading \d+ tokens ...\r\x1b\[K", screen), screen
