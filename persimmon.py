@@ -28,8 +28,8 @@ What is odd about Persimmon, and what goes wrong for those who miss it:
  6. `|ENDOFTEXT|`, id 71013, both begins and ends a text. A prompt without it in front is continued less well.
  7. Ids 3 to 70002 stand for image patches that never came: their logits exist, and stay near -17.
 
-Left out: classification heads, quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, and
-sequences packed into one row. A config that asks for one of the first five is refused, not half followed.
+Left out: quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, and
+sequences packed into one row. A config that asks for such a thing is refused, not half followed.
 
 The sections: 1 configuration, 2 rotary positions, 3 cache, 4 attention, MLP and block, 5 models, 6 loading and saving,
 7 tokens and text, 8 sampling and generation.
@@ -41,9 +41,12 @@ import codecs
 import json
 import math
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +82,9 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
 @dataclass(frozen=True)
 class PersimmonConfig:
     """The numbers of one checkpoint, named as in its config.json; the defaults are the 8B's.
@@ -103,25 +109,34 @@ class PersimmonConfig:
     eos_token_id: int | None = 71013
     pad_token_id: int | None = None
     dtype: str | None = None  # of the weights as stored, such as "bfloat16"; what dtype="auto" means
+    num_labels: int = 2  # of a classifier; config.json lists them as id2label
+    id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
+    problem_type: str | None = None  # of sequence classification; None: by the labels, see classification_loss
+    classifier_dropout: float | None = None  # in training, before token classification's head; None: hidden_dropout
 
     def __post_init__(self) -> None:
-        kinds = {"int": int, "float": (int, float), "bool": bool, "int | None": (int, type(None)),
-                 "str | None": (str, type(None))}
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, str]": dict}
         for field in fields(self):
-            key, value = f"config key {field.name}", getattr(self, field.name)
-            is_right = isinstance(value, kinds[field.type]) and isinstance(value, bool) == (field.type == "bool")
-            _require(is_right, f"{key} = {value!r} is not of type {field.type}")
+            key, value, kind = f"config key {field.name}", getattr(self, field.name), field.type.removesuffix(" | None")
+            if value is None and kind != field.type:
+                continue
+            is_right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
+            _require(is_right, f"{key} = {value!r} is not of type {kind}")
             if field.name.endswith("_dropout"):
                 _require(0 <= value <= 1, f"{key} = {value} is not a probability from 0 to 1")
             elif field.type in ("int", "float"):
                 _require(value > 0, f"{key} = {value} is not above zero")
-        _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is not "
-                 f"a multiple of num_attention_heads = {self.num_attention_heads}")
+        _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is no "
+                 f"multiple of num_attention_heads = {self.num_attention_heads}")
         _require(0 < self.rotary_size <= self.head_size and self.rotary_size % 2 == 0,
                  f"config key partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_size} of the "
                  f"{self.head_size} dimensions of a head: it has to be an even number of them, at least 2")
         _require(self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
                  f"config key pad_token_id = {self.pad_token_id} is not in the vocabulary of {self.vocab_size}")
+        _require(self.id2label is None or len(self.id2label) == self.num_labels,
+                 f"config key num_labels = {self.num_labels}, but id2label has {len(self.id2label or {})} labels")
+        _require(self.problem_type in (None, *PROBLEM_TYPES), f"config key problem_type = {self.problem_type!r} is not "
+                 f"supported: use one of {', '.join(PROBLEM_TYPES)}")
         if self.dtype is not None:
             _as_dtype(self.dtype)
 
@@ -150,6 +165,8 @@ class PersimmonConfig:
         asked = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
         if isinstance(asked["dtype"], str):
             asked["dtype"] = asked["dtype"].removeprefix("torch.")
+        if isinstance(asked.get("id2label"), dict):
+            asked["num_labels"] = len(asked["id2label"])
         # A key that is absent or null has its default, save for those where null says that there is none.
         config = cls(**{f.name: asked[f.name] for f in fields(cls)
                         if asked.get(f.name) is not None or (f.name in asked and f.type.endswith("None"))})
@@ -166,7 +183,10 @@ class PersimmonConfig:
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, with RoPE and dtype spelled for old and for new versions of transformers."""
         rope = {name: getattr(self, name) for name in ("rope_theta", "partial_rotary_factor")}
-        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **asdict(self),
+        values = asdict(self)
+        if self.num_labels != 2 and self.id2label is None:  # transformers counts these, and 2 where there are none
+            values["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **values,
                 "torch_dtype": self.dtype, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope}}
 
 
@@ -232,7 +252,7 @@ class KVCache:
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
 
     def advance(self, T: int) -> None:
-        """Count T positions as seen, once every layer has stored them."""
+        """Count T positions as seen, once every layer has stored them; less than 0 forgets the last ones again."""
         self.length += T
         self.position += T
 
@@ -336,8 +356,8 @@ class ModelOutput(NamedTuple):
     last_hidden_state: Tensor
 
 
-class CausalLMOutput(NamedTuple):
-    """What PersimmonForCausalLM returns: mean loss in nats a token, None without labels; logits (B, T, V)."""
+class HeadOutput(NamedTuple):
+    """What a model with a head returns: logits, and with labels the mean loss in float32 (cross-entropy in nats)."""
 
     loss: Tensor | None
     logits: Tensor
@@ -351,7 +371,7 @@ class PersimmonPreTrainedModel(nn.Module):
         self.config = config
 
     def init_weights(self, part: nn.Module) -> None:
-        """New weights in `part`: matrices normal, std initializer_range; biases 0; norms 1 and 0, as PyTorch has them."""
+        """New weights in `part`: matrices normal, std initializer_range; biases 0; norms as they are."""
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -360,18 +380,36 @@ class PersimmonPreTrainedModel(nn.Module):
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight.data[module.padding_idx] = 0
 
+    def gradient_checkpointing_enable(self) -> None:
+        """From now on keep only each block's input for the backward pass and compute the rest again: less memory, a
+        third more time (Chen et al., arXiv 1604.06174). Changes no result."""
+        from torch.utils.checkpoint import checkpoint
+
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.forward = partial(checkpoint, partial(Block.forward, block), use_reentrant=False)
+
+    def for_loss(self, logits: Tensor) -> Tensor:
+        """The logits in float32, which a loss is taken of. ValueError where the model is being trained in float16."""
+        _require(not (self.training and logits.dtype == torch.float16), "training in float16 turns Persimmon's weights "
+                 "into NaN: use bfloat16, as Adept did")
+        return logits.float()
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
-                        device: str | torch.device | None = None):
+                        device: str | torch.device | None = None,
+                        progress: Callable[[float], None] | None = None, **changes: Any):
         """The model in `folder`, which holds config.json and safetensors, in eval mode.
 
         On the CPU, in the dtype of the file, weights stay in the file and the system reads them when they are used;
         training changes memory, never the file. dtype "auto" is config.json's, or else the file's; device None the CPU.
+        progress is called with the fraction that is loaded; changes replace values of config.json, as in num_labels=3.
+        A classifier that is loaded from a language model gets a new head, with a warning.
 
         Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
         damaged, or whose tensors are not exactly the model's (save for the exceptions that `load` lists).
         """
-        return load(cls, Path(folder), dtype, device)
+        return load(cls, Path(folder), dtype, device, progress, changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which from_pretrained and transformers read: both whole, or none.
@@ -437,19 +475,20 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None, inputs_embeds: Tensor | None = None,
-                labels: Tensor | None = None, logits_to_keep: int = 0) -> CausalLMOutput:
+                labels: Tensor | None = None, logits_to_keep: int = 0) -> HeadOutput:
         """Logits (B, T, V), or with logits_to_keep = n those of the last n positions, (B, n, V); 0 means all.
 
         labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are held
         against the label at t + 1, in float32. The other arguments and errors are those of PersimmonModel.forward.
         """
         x = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds).last_hidden_state  # (B, T, C)
-        logits = self.lm_head(x[:, -logits_to_keep:])
+        _require(labels is None or logits_to_keep == 0, "a loss needs all logits: logits_to_keep has to be 0")
+        logits = self.lm_head(x[:, -logits_to_keep:])  # -0 is 0: all of them
         loss = None
         if labels is not None:
-            _require(logits.shape[1] == labels.shape[1], "a loss needs all logits: logits_to_keep has to be 0")
-            loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss, logits)
+            before, after = self.for_loss(logits)[:, :-1], labels[:, 1:]
+            loss = nn.functional.cross_entropy(before.flatten(0, 1), after.flatten())
+        return HeadOutput(loss, logits)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
                  max_length: int | None = None, **options: Any) -> Tensor:
@@ -467,6 +506,75 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         steps = generate(self, input_ids, attention_mask, max_new_tokens=limit, **options)
         new = torch.tensor([step.tokens for step in steps], device=input_ids.device).T  # (B, new tokens)
         return torch.cat((input_ids, new), dim=1)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The loss of logits (B, K) for K labels, as transformers chooses it (loss/loss_utils.py there).
+
+    regression                   mean squared error, labels (B, K) or (B). The default for K = 1
+    single_label_classification  cross-entropy, labels (B) from 0 to K - 1. The default for labels of integers
+    multi_label_classification   mean binary cross-entropy, labels (B, K) from 0.0 to 1.0. The default otherwise
+    """
+    if problem_type is None:
+        is_integer = labels.dtype in (torch.long, torch.int)
+        problem_type = PROBLEM_TYPES[0 if logits.shape[1] == 1 else 1 if is_integer else 2]
+    if problem_type == "regression":
+        return nn.functional.mse_loss(logits.flatten(), labels.flatten().float())
+    if problem_type == "single_label_classification":
+        return nn.functional.cross_entropy(logits, labels.flatten().long())
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
+    """One verdict a text: a Linear without bias on the hidden state of its last token."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__(config)
+        self.model = PersimmonModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.init_weights(self.score)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                labels: Tensor | None = None) -> HeadOutput:
+        """Logits (B, num_labels); labels as in classification_loss, the other arguments as in PersimmonModel.forward.
+
+        The last token is the rightmost that is not pad_token_id, whatever attention_mask says (as in transformers), and
+        with inputs_embeds simply the last. Raises ValueError for B > 1 without a pad_token_id in the config.
+        """
+        x = self.model(input_ids, attention_mask, position_ids, None, inputs_embeds).last_hidden_state  # (B, T, C)
+        (B, T, _), pad = x.shape, self.config.pad_token_id
+        _require(B == 1 or pad is not None, f"to find where {B} texts end, config.json has to have a pad_token_id")
+        is_token = torch.ones(B, T, device=x.device) if pad is None or input_ids is None else input_ids != pad  # (B, T)
+        last = (torch.arange(T, device=x.device) * is_token).argmax(-1, keepdim=True)  # (B, 1)
+        logits = self.score(x.take_along_dim(last[..., None], dim=1)[:, 0])
+        loss = None
+        if labels is not None:
+            loss = classification_loss(self.for_loss(logits), labels, self.config.problem_type)
+        return HeadOutput(loss, logits)
+
+
+class PersimmonForTokenClassification(PersimmonPreTrainedModel):
+    """One verdict a token: dropout in training, then a Linear with bias on each hidden state."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__(config)
+        self.model = PersimmonModel(config)
+        p = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(p)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.init_weights(self.score)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                labels: Tensor | None = None) -> HeadOutput:
+        """Logits (B, T, num_labels); labels (B, T), -100 where none counts; the rest as in PersimmonModel.forward."""
+        x = self.model(input_ids, attention_mask, position_ids, None, inputs_embeds).last_hidden_state  # (B, T, C)
+        logits = self.score(self.dropout(x))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(self.for_loss(logits).flatten(0, 1), labels.flatten())
+        return HeadOutput(loss, logits)
 
 
 # --- 6. Loading and saving --------------------------------------------------------------------------------------------
@@ -502,43 +610,54 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return {name: folder / shard for name, shard in shards.items()}
 
 
-def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype,
-         device: str | torch.device | None) -> PersimmonPreTrainedModel:
+def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype, device: str | torch.device | None,
+         progress: Callable[[float], None] | None, changes: dict[str, Any]) -> PersimmonPreTrainedModel:
     """What PersimmonPreTrainedModel.from_pretrained does, and describes."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
-    config = PersimmonConfig.from_pretrained(folder)
+    config = replace(PersimmonConfig.from_pretrained(folder), **changes)
     with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights, uncopied
         model = cls(config)
 
-    # The file has to hold exactly the model's tensors. These are the exceptions: names that may be left over there,
-    # and `model.` in front of a name, which PersimmonForCausalLM has and PersimmonModel has not.
+    # The files have to hold exactly the model's tensors, with these exceptions: names that may be left over there, the
+    # `model.` in front of names, which PersimmonModel does without, and a classifier's head, which they may lack.
     ignored = {"rotary_emb.inv_freq": "computed here; some older versions store it"}
-    if cls is PersimmonModel:
-        ignored["lm_head.weight"] = "the bare model has no head"
-    wanted = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
-    files = {name: file for name, file in tensor_files(folder).items() if not name.endswith(tuple(ignored))}
-    missing = wanted.keys() - {name.removeprefix("model.") for name in files}
+    own = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
+    files = tensor_files(folder)
+    head = {name for name in own if name.startswith("score.") and not any(n.startswith("score.") for n in files)}
+    if head or cls is PersimmonModel:
+        ignored["lm_head.weight"] = "this model has no language head"
+    if head:
+        warnings.warn(f"{folder} has no classifier: {', '.join(sorted(head))} is new, random, and to be trained; "
+                      "lm_head.weight is not used", stacklevel=3)
+    stored = {n.removeprefix("model."): (n, file) for n, file in files.items() if not n.endswith(tuple(ignored))}
+    missing, extra = own.keys() - stored.keys() - head, stored.keys() - own.keys()
     _require(not missing, f"{folder} lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
-    extra = [name for name in files if name.removeprefix("model.") not in wanted]
     _require(not extra, f"{folder} has the tensor {min(extra, default='')}, which is not in a {cls.__name__} of this "
              f"config.json ({len(extra)} unexpected in all)")
 
     target = _as_dtype(dtype) if dtype != "auto" else _as_dtype(config.dtype) if config.dtype else None
     state = {}
-    for path in sorted(set(files.values())):
-        with _open(path) as file:
-            present = set(file.keys())
-            for name in (name for name in files if files[name] == path):
-                _require(name in present, f"{path} lacks the tensor {name}, which the index places there")
-                own_name, shape = wanted[name.removeprefix("model.")]
-                found = tuple(file.get_slice(name).get_shape())
+    for path in sorted({file for _, file in stored.values()}):
+        with _open(path) as opened:
+            for bare_name, (name, file) in stored.items():
+                if file != path:
+                    continue
+                own_name, shape = own[bare_name]
+                _require(name in opened.keys(), f"{path} lacks the tensor {name}, which the index places there")
+                found = tuple(opened.get_slice(name).get_shape())
                 _require(found == shape, f"{path} has the tensor {name} in shape {found}: config.json makes it {shape}")
-                tensor = file.get_tensor(name)
-                _require(tensor.is_floating_point(), f"{path} has the tensor {name} as {tensor.dtype}: it has to be "
-                         "float16, bfloat16 or float32")
+                tensor = opened.get_tensor(name)
+                _require(tensor.is_floating_point(), f"{path} has the tensor {name} as {tensor.dtype}, which is not a "
+                         "dtype of weights")
                 target = target or tensor.dtype
                 state[own_name] = tensor.to(device or "cpu", target)
+                if progress is not None:
+                    progress(len(state) / len(stored))
+    for name in head:
+        state[name] = torch.zeros(own[name][1], dtype=target, device=device)
+        if name.endswith("weight"):
+            state[name].normal_(std=config.initializer_range)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -556,6 +675,7 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
         new.mkdir()
         save_file(state, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors 0.8 makes it private
         if not folder.exists():
             new.rename(folder)
         else:
@@ -603,7 +723,7 @@ class Tokenizer:
         return [self.end_of_text] * add_bos + self.processor.encode(text)
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """Text of ids. `|ENDOFTEXT|` gives nothing, bytes that are not UTF-8 give U+FFFD, ids without a piece U+2047."""
+        """Text of ids; `|ENDOFTEXT|` gives nothing, bytes that are no UTF-8 give U+FFFD, ids without a piece U+2047."""
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         unknown = self.processor.unk_id()
         return self.processor.decode([i if 0 <= i < len(self) else unknown for i in ids if i != self.end_of_text])
@@ -713,6 +833,11 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits (B, V) by `penalty` where seen (B, V); Keskar et al., 1909.05858."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 class Step(NamedTuple):
     """One step of `generate`, for each of B rows; a row that has stopped goes on with padding, 0.0 and its reason."""
 
@@ -725,13 +850,14 @@ class Step(NamedTuple):
 def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
              max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
-             stop_ids: Iterable[int] | None = None) -> Iterator[Step]:
+             stop_ids: Iterable[int] | None = None, cache: KVCache | None = None) -> Iterator[Step]:
     """Continue the prompts input_ids (B, T), a token a row and step, until every row has stopped: n steps are n passes.
 
     attention_mask (B, T) has zeros at padding, on either side; in float32 a row's tokens do not depend on the rows
     beside it. Row b draws from its own generator, seeded seed + b, and stops at one of stop_ids, by default
-    eos_token_id. repetition_penalty divides positive and multiplies negative logits of every id that the row holds
-    already (Keskar et al., 1909.05858). The other options are those of `sample`.
+    eos_token_id. repetition_penalty is `penalize` for the ids that the row holds. A `cache` that has seen the first of
+    input_ids already, in a conversation for instance, spares computing these again; its room limits the context. The
+    other options are those of `sample`.
 
     Raises ValueError, at the first step, for options out of range, ids out of the vocabulary, and a prompt that is
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
@@ -739,6 +865,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     """
     config, device = model.config, model.lm_head.weight.device
     limit = config.max_position_embeddings
+    if cache is not None:
+        limit = min(limit, cache.keys.shape[3])
     for name, value, least, most in (
         ("max_new_tokens", max_new_tokens, 1, math.inf), ("temperature", temperature, 0, math.inf),
         ("top_k", top_k, 0, math.inf), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1),
@@ -765,21 +893,24 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id or 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
     steps = min(max_new_tokens, limit - min(lengths))
-    cache = KVCache(config, B, T + steps - 1, model.lm_head.weight.dtype, device)
     is_padded = min(lengths) < T
+    if cache is None:
+        cache = KVCache(config, B, T + steps - 1, model.lm_head.weight.dtype, device)
+    _require(cache.length < T and not (cache.length and is_padded), f"the cache has seen {cache.length} positions: "
+             f"they have to be fewer than the prompt's {T}, and none of them padding")
     mask = torch.cat((mask, mask.new_ones(B, steps)), dim=1)  # (B, T + steps)
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
     reasons: list[str | None] = [None] * B
 
+    ids = ids[:, cache.length :]
     for step in range(1, steps + 1):
         S = cache.length + ids.shape[1]
         logits = model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits  # (B, 1, V)
         logits = logits[:, 0].float()  # (B, V)
         logprobs = logits.log_softmax(-1)  # (B, V)
         if repetition_penalty != 1:
-            penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)  # (B, V)
-            logits = torch.where(seen, penalized, logits)  # (B, V)
+            logits = penalize(logits, seen, repetition_penalty)  # (B, V)
         ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
         seen.scatter_(1, ids, True)
         tokens, logprobs = ids[:, 0].tolist(), logprobs.gather(1, ids)[:, 0].tolist()

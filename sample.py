@@ -1,19 +1,26 @@
 """Write text with a Persimmon model: `python sample.py` uses the small one in tiny/, `--model FOLDER` any other.
 
-The text goes to stdout as it is made, everything else to stderr. Exit codes: 0, 2 for a wrong argument or a damaged
-file, 130 after Ctrl-C.
+Text, or JSON, goes to stdout and everything else to stderr. Exit codes: 0; 2 for a wrong argument or a damaged file;
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument need not wait for it
+    from persimmon import KVCache, PersimmonForCausalLM, Tokenizer
+
+DEFAULT_PROMPT = "ROMEO:\n"
+ROWS = 16  # texts written at once: a pass reads the same weights for all of them
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,37 +32,292 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; no option has a meaning that depends on another one."""
+    """The command line, with exactly one of prompt, --file, --batch and --chat."""
     parser = Parser(description="Write text with a Persimmon model.")
-    add = parser.add_argument
-    add("prompt", nargs="?", default="ROMEO:\n", help="text to continue; - reads it from standard input, less one line "
-        "break at the end (default: %(default)r)")
-    add("--model", metavar="FOLDER", type=Path, default=Path(__file__).resolve().parent / "tiny",
-        help="config.json, safetensors and tokenizer.model (default: tiny/, 5 million parameters of Shakespeare)")
+    add = parser.add_argument_group("what to write").add_argument
+    add("prompt", nargs="?", help=f"text to continue, - for standard input (default: {DEFAULT_PROMPT!r})")
+    add("-f", "--file", metavar="FILE", type=Path, help="continue the text in FILE, less one line break at its end")
+    add("--batch", metavar="FILE", type=Path, help="continue each line of FILE: a JSON string, or the line as it is")
+    add("--chat", action="store_true", help="talk, in the prompt format of Adept's chat model; /reset forgets, /exit "
+        "leaves, Ctrl-C stops an answer")
     add("-n", "--max-tokens", metavar="N", type=int, default=200, help="tokens to write at most (default: %(default)s)")
-    add("--temp", metavar="T", type=float, default=0.8, help="temperature; 0 takes the likeliest (default: %(default)s)")
-    add("--top-k", metavar="K", type=int, default=0, help="choose among the K likeliest; 0 is all (default: %(default)s)")
+    add("--num-samples", metavar="N", type=int, default=1, help="texts for each prompt (default: %(default)s)")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT; may be repeated")
+    add("--no-bos", action="store_true", help="do not put |ENDOFTEXT| in front of the prompt")
+    add("--ignore-eos", action="store_true", help="go on after |ENDOFTEXT|")
+    add = parser.add_argument_group("how to choose tokens").add_argument
+    add("--temp", metavar="T", type=float, default=0.8, help="temperature; 0: the likeliest token (default: %(default)s)")
+    add("--top-k", metavar="K", type=int, default=0, help="choose among the K likeliest; 0: all (default: %(default)s)")
     add("--top-p", metavar="P", type=float, default=0.95,
         help="choose among the likeliest that have P together; 1 is all (default: %(default)s)")
     add("--min-p", metavar="P", type=float, default=0.0,
         help="choose among those at least P times as likely as the likeliest (default: %(default)s)")
-    add("--seed", type=int, help="same seed, same text (default: another one each time, shown at the end)")
-    add("--num-samples", metavar="N", type=int, default=1, help="texts to write, the k-th with seed + k - 1")
+    add("--repetition-penalty", metavar="X", type=float, default=1.0,
+        help="make tokens that are there already less likely; 1 is off (default: %(default)s)")
+    add("--seed", metavar="N", type=int, help="same seed, same text; the k-th text has N + k - 1 (default: a new "
+        "one each time, shown at the end)")
+    add = parser.add_argument_group("model and machine").add_argument
+    add("-m", "--model", metavar="FOLDER", type=Path, default=Path(__file__).resolve().parent / "tiny",
+        help="config.json, safetensors and tokenizer.model (default: tiny/, 5 million parameters of Shakespeare)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto",
-        help="of weights and arithmetic (default: as config.json has it)")
+        help="of weights and arithmetic (default: what config.json says)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
-    add("--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--no-bos", action="store_true", help="do not put |ENDOFTEXT| in front of the prompt")
-    add("--ignore-eos", action="store_true", help="go on after |ENDOFTEXT|")
-    add("--quiet", action="store_true", help="no figures at the end")
+    add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("-c", "--ctx-size", metavar="N", type=int, help="tokens that --chat remembers (default: the model's context)")
+    add = parser.add_argument_group("output").add_argument
+    add("--logprobs", action="store_true", help="write each new token on a line, after its log-probability in nats")
+    add("--json", action="store_true", help="write a JSON object for each text: prompt, text, ids, logprobs, "
+        "finish_reason, seed, figures")
+    add("-q", "--quiet", action="store_true", help="no figures and no progress")
     args = parser.parse_args(argv)
-    if args.num_samples < 1 or (args.threads is not None and args.threads < 1):
-        parser.error("--num-samples and --threads have to be 1 or more")
+    sources = [args.prompt is not None, args.file is not None, args.batch is not None, args.chat]
+    if sum(sources) > 1:
+        parser.error("give only one of a prompt, --file, --batch and --chat")
+    if args.chat and (args.json or args.logprobs or args.num_samples != 1):
+        parser.error("--chat goes with neither --json nor --logprobs nor --num-samples")
+    for name in ("num_samples", "threads", "ctx_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     return args
 
 
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The texts to continue; ValueError for one that is not UTF-8."""
+    source = "standard input" if args.prompt == "-" else args.file or args.batch
+    if source is None:
+        return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
+    data = sys.stdin.buffer.read() if args.prompt == "-" else source.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not args.batch:
+        return [text.removesuffix("\n")]
+    prompts = []
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = line
+        prompts.append(value if isinstance(value, str) else line)
+    if not prompts:
+        raise ValueError(f"{source} has no line to continue")
+    return prompts
+
+
+class Sample:
+    """A text in the making: a prompt, and what has been generated after it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, stops: Sequence[str] = ()) -> None:
+        from persimmon import StreamDecoder
+
+        self.prompt = prompt
+        self.prompt_ids = tokenizer.encode(prompt, add_bos=False if args.no_bos else None)
+        self.decoder = StreamDecoder(tokenizer, self.prompt_ids)
+        self.stops = [stop for stop in (*args.stop, *stops) if stop]
+        self.text = ""
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+
+    def push(self, token: int, logprob: float, reason: str | None) -> None:
+        """Take one more token, whatever `reason` generation has to stop there; a stop text is a reason too."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        before = len(self.text)
+        self.text += self.decoder.push(token) + (self.decoder.finish() if reason else "")
+        found = [self.text.find(stop, max(0, before - len(stop))) for stop in self.stops]
+        if any(at >= 0 for at in found):
+            self.text = self.text[: min(at for at in found if at >= 0)]
+            reason = "stop"
+        self.finish_reason = reason
+
+    def certain(self) -> str:
+        """The text, less an end that may turn out to be the beginning of a stop text."""
+        if self.finish_reason:
+            return self.text
+        ends = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+        return self.text[: len(self.text) - max(ends, default=0)]
+
+
+class Figures(NamedTuple):
+    """What a run took."""
+
+    prompt_tokens: int
+    prompt_tokens_per_second: float
+    seconds_to_first_token: float
+    tokens: int
+    tokens_per_second: float
+    gigabytes_per_second: float  # of weights read, while tokens after the first were made
+
+
+def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Namespace, seed: int,
+          show: Callable[[], None], cache: KVCache | None = None) -> Figures:
+    """Generate all samples side by side, calling show() after each step, until all have ended or Ctrl-C."""
+    import torch
+
+    from persimmon import generate
+
+    T = max(len(sample.prompt_ids) for sample in samples)
+    missing = [T - len(sample.prompt_ids) for sample in samples]
+    ids = torch.tensor([[0] * n + sample.prompt_ids for n, sample in zip(missing, samples)])
+    mask = torch.tensor([[0] * n + [1] * (T - n) for n in missing])
+    prompt_tokens = int(mask.sum()) - (cache.length if cache else 0)
+    note = f"reading {prompt_tokens} tokens ..." if sys.stderr.isatty() and not args.quiet else ""
+
+    def wipe() -> None:
+        nonlocal note
+        if note:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        note = ""
+
+    print(note, end="", file=sys.stderr, flush=True)
+    start, first, passes = time.perf_counter(), 0.0, 0
+    try:
+        for step in generate(
+            model, ids, mask, max_new_tokens=args.max_tokens, temperature=args.temp, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=seed,
+            stop_ids=() if args.ignore_eos else None, cache=cache,
+        ):
+            wipe()
+            first, passes = first or time.perf_counter(), passes + 1
+            for sample, *values in zip(samples, *step):
+                if sample.finish_reason is None:
+                    sample.push(*values)
+            show()
+            if all(sample.finish_reason for sample in samples):
+                break
+    except KeyboardInterrupt:
+        for sample in samples:
+            sample.finish_reason = sample.finish_reason or "Ctrl-C"
+        show()
+    finally:
+        wipe()
+    prefill, decode = (first or start) - start, time.perf_counter() - (first or start)
+    count = sum(len(sample.ids) for sample in samples)
+    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    return Figures(
+        prompt_tokens, round(prompt_tokens / prefill, 2) if prefill else 0.0, round(prefill, 3), count,
+        round((count - len(samples)) / decode, 2) if passes > 1 else 0.0,
+        round((passes - 1) * weights / decode / 1e9, 2) if passes > 1 else 0.0,
+    )
+
+
+def printer(samples: list[Sample], tokenizer: Tokenizer, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that prints what is new: the first sample as it comes, each other one once those before it ended."""
+    current, done = 0, 0  # sample, and how much of it is printed: characters, or tokens with --logprobs
+
+    def show() -> None:
+        nonlocal current, done
+        while current < len(samples):
+            sample = samples[current]
+            if args.logprobs:
+                pieces = map(tokenizer.processor.id_to_piece, sample.ids[done:])
+                new = "".join(f"{logprob:9.4f}  {piece!r}\n" for logprob, piece in zip(sample.logprobs[done:], pieces))
+                done = len(sample.ids)
+            else:
+                new = (sample.prompt + sample.certain())[done:] if sample.ids else ""
+                done += len(new)
+            print(new, end="", flush=True)
+            if sample.finish_reason is None:
+                return
+            current, done = current + 1, 0
+            end = "" if args.logprobs else "\n"
+            print(end if current == len(samples) else f"{end}\n---\n\n", end="", flush=True)
+
+    return show
+
+
+def ids_in_context(tokenizer: Tokenizer, known_ids: list[int], known_text: str, text: str, ids: list[int]) -> list[int]:
+    """`ids` of `text`, but beginning with known_ids where the text begins with theirs.
+
+    There are many ways to split a text, and an answer need not be split as the tokenizer would have done it. Without
+    this, the cache would be of no use from the first such place on.
+    """
+    for k in range(len(ids) if known_ids else 0, 0, -1):
+        before = tokenizer.decode(ids[:k])
+        if before == known_text:
+            return known_ids + ids[k:]
+        if len(before) < len(known_text):
+            break
+    return ids
+
+
+def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Namespace, seed: int) -> int:
+    """Talk until /exit or the end of input; the exit code. The cache lasts: a turn costs its own tokens only."""
+    from persimmon import KVCache, chat_prompt
+
+    weight = model.lm_head.weight
+    limit = min(args.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    cache = KVCache(model.config, 1, limit, weight.dtype, weight.device)
+    turns: list[str] = []
+    ids: list[int] = []  # of the conversation so far, of which the cache holds the first cache.length
+    text = ""  # the same, as chat_prompt writes it
+
+    def say(note: str) -> None:
+        print(f"({note})", file=sys.stderr, flush=True)
+
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            say("/exit leaves")
+            continue
+        if line == "/exit":
+            return 0
+        if line == "/reset":
+            turns = []
+            say("forgotten")
+        if not line or line == "/reset":
+            continue
+
+        turns.append(line)
+        forgotten = 0
+        while True:
+            sample = Sample(tokenizer, chat_prompt(turns), args, stops=("\n\nhuman:",))
+            sample.prompt_ids = ids_in_context(tokenizer, ids, text, sample.prompt, sample.prompt_ids)
+            if len(sample.prompt_ids) + args.max_tokens <= limit or len(turns) == 1:
+                break
+            del turns[:2]
+            forgotten += 1
+        if forgotten:
+            say(f"the context of {limit} tokens is full: the oldest {forgotten} of the questions and answers are dropped")
+        common = 0
+        while common < min(cache.length, len(sample.prompt_ids) - 1) and ids[common] == sample.prompt_ids[common]:
+            common += 1
+        cache.advance(common - cache.length)
+
+        printed = 0
+
+        def show(sample: Sample = sample) -> None:
+            nonlocal printed
+            new = sample.certain().lstrip()[printed:]
+            printed += len(new)
+            print(new, end="", flush=True)
+
+        try:
+            figures = write(model, [sample], args, seed, show, cache)
+        except ValueError as error:  # a question that is longer than the context
+            say(str(error))
+            turns.pop()
+            continue
+        print(flush=True)
+        seed += 1
+        turns.append(sample.text)
+        ids, text = sample.prompt_ids + sample.ids, f"{sample.prompt} {sample.text.strip()}"
+        while len(tokenizer.decode(ids)) > len(text):  # tokens of a stop text, or spaces at the end
+            ids.pop()
+        cache.advance(min(0, len(ids) - cache.length))
+        if not args.quiet:
+            say(f"{figures.prompt_tokens} tokens read at {figures.prompt_tokens_per_second:.1f} tok/s, {figures.tokens} "
+                f"written at {figures.tokens_per_second:.1f} tok/s, stopped by {sample.finish_reason}")
+
+
 def peak_memory(device: str) -> str:
-    """The most memory this process has had, in GB: resident, and on a GPU what PyTorch took there."""
+    """The most memory this process has had: resident, and on a GPU what PyTorch took there."""
     import torch
 
     if device.startswith("cuda"):
@@ -69,15 +331,11 @@ def peak_memory(device: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, generate, print; the exit code."""
-    if args.prompt == "-":
-        try:
-            args.prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+    """Load the model, and complete or chat; the exit code."""
+    prompts = [] if args.chat else [prompt for prompt in read_prompts(args) for _ in range(args.num_samples)]
     import torch
 
-    from persimmon import PersimmonForCausalLM, StreamDecoder, Tokenizer, generate
+    from persimmon import PersimmonForCausalLM, Tokenizer
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -86,62 +344,41 @@ def run(args: argparse.Namespace) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device} is not to be had here") from None
-    seed = random.randrange(2**32) if args.seed is None else args.seed
-    model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device)
+    is_shown, start = sys.stderr.isatty() and not args.quiet, time.monotonic()
+
+    def progress(fraction: float) -> None:
+        if is_shown and time.monotonic() - start > 2:
+            end = "\r\x1b[K" if fraction == 1 else ""
+            print(f"\rloading {fraction:4.0%}{end}", end="", file=sys.stderr, flush=True)
+
+    model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress)
     tokenizer = Tokenizer(args.model)
-    prompt = tokenizer.encode(args.prompt, add_bos=False if args.no_bos else None)
+    seed = random.randrange(2**32) if args.seed is None else args.seed
+    if args.chat:
+        return chat(model, tokenizer, args, seed)
 
-    start = time.perf_counter()
-    if is_terminal := sys.stderr.isatty() and not args.quiet:
-        print(f"reading {len(prompt)} tokens ...", end="", file=sys.stderr, flush=True)
-    steps = generate(
-        model, torch.tensor([prompt] * args.num_samples), max_new_tokens=args.max_tokens, temperature=args.temp,
-        top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=seed, stop_ids=() if args.ignore_eos else None,
-    )  # fmt: skip
-    # All samples are written at once, for the price of about one. The first is shown as it comes, the others wait.
-    decoders = [StreamDecoder(tokenizer, prompt) for _ in range(args.num_samples)]
-    waiting = [args.prompt] * args.num_samples
-    shown, count, passes, reasons = 0, 0, 0, [None] * args.num_samples
-    first = start
-    try:
-        for step in steps:
-            if passes == 0:
-                first = time.perf_counter()
-                if is_terminal:
-                    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            passes += 1
-            for row, token in enumerate(step.tokens):
-                if reasons[row] is None:
-                    count += 1
-                    waiting[row] += decoders[row].push(token)
-                    if step.finish_reasons[row] is not None:
-                        is_last = row == args.num_samples - 1
-                        waiting[row] += decoders[row].finish() + ("\n" if is_last else "\n\n---\n\n")
-            reasons = step.finish_reasons
-            while shown < args.num_samples:
-                print(waiting[shown], end="", flush=True)
-                waiting[shown] = ""
-                if reasons[shown] is None:
-                    break
-                shown += 1
-    except KeyboardInterrupt:
-        print()
-        reasons, interrupted = ["Ctrl-C"], True
-    else:
-        interrupted = False
-    end = time.perf_counter()
-
-    if not args.quiet and passes:
-        read = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-        rate = (passes - 1) / (end - first) if passes > 1 else 0.0
-        report = (
-            f"prompt     {len(prompt):6} tokens {len(prompt) / (first - start):9.1f} tok/s, first token after "
-            f"{first - start:.2f} s\n"
-            f"generated  {count:6} tokens {rate * count / passes:9.1f} tok/s, {rate * read / 1e9:.1f} GB/s of weights read\n"
-            f"peak memory {peak_memory(device)}, seed {seed}, stopped by {', '.join(sorted(set(map(str, reasons))))}"
-        )
-        print(report, file=sys.stderr)
-    return 130 if interrupted else 0
+    samples = [Sample(tokenizer, prompt, args) for prompt in prompts]
+    show = (lambda: None) if args.json else printer(samples, tokenizer, args)
+    for at in range(0, len(samples), ROWS):
+        group = samples[at : at + ROWS]
+        figures = write(model, group, args, seed + at, show)
+        for row, sample in enumerate(group):
+            if args.json:
+                facts = {name: getattr(sample, name) for name in ("prompt", "text", "ids", "logprobs", "finish_reason")}
+                print(json.dumps({**facts, "seed": seed + at + row, "figures": figures._asdict()}), flush=True)
+        if not args.quiet:
+            reasons = ", ".join(sorted({str(sample.finish_reason) for sample in group}))
+            print(
+                f"prompt    {figures.prompt_tokens:6} tokens {figures.prompt_tokens_per_second:9.1f} tok/s, "
+                f"first token after {figures.seconds_to_first_token:.2f} s\n"
+                f"generated {figures.tokens:6} tokens {figures.tokens_per_second:9.1f} tok/s, "
+                f"{figures.gigabytes_per_second:.1f} GB/s of weights read\n"
+                f"peak memory {peak_memory(device)}, seed {seed + at}, stopped by {reasons}",
+                file=sys.stderr,
+            )
+        if any(sample.finish_reason == "Ctrl-C" for sample in group):
+            return 130
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,17 +7,21 @@ of zero would hide that two norms are swapped or a bias is lost. All axes of a m
 from __future__ import annotations
 
 import ast
+import fcntl
 import io
 import json
 import math
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,19 +33,30 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import persimmon
+import sample as sample_script
 from persimmon import (
     KVCache,
     PersimmonConfig,
     PersimmonForCausalLM,
+    PersimmonForSequenceClassification,
+    PersimmonForTokenClassification,
     PersimmonModel,
     StreamDecoder,
     Tokenizer,
     apply_rope,
+    causal_mask,
     chat_prompt,
     generate,
+    penalize,
     rope_tables,
     sample,
 )
@@ -226,7 +241,153 @@ def test_bfloat16_is_as_exact_as_transformers(pair):
     assert 0 < rms[0] <= 1.1 * rms[1], rms
 
 
+# --- classifiers, fine-tuning ----------------------------------------------------------------------------------------
+
+
+def classifier(tmp_path: Path, kind: str, **changes):
+    """Random weights as our classifier and as transformers', with gradients to compare."""
+    ours = {"sequence": PersimmonForSequenceClassification, "token": PersimmonForTokenClassification}[kind]
+    theirs = getattr(transformers, ours.__name__)
+    randomize(ours(replace(CONFIGS["D16"], **changes))).save_pretrained(tmp_path)
+    return ours.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path, dtype="float32").eval()
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows, padded with id 5 on the left, on the right and not at all."""
+    ids, mask = random_ids(CONFIGS["D16"], rows=3), torch.ones(3, T, dtype=torch.long)
+    ids[0, :9], mask[0, :9], ids[1, 50:], mask[1, 50:] = 5, 0, 5, 0
+    return ids, mask
+
+
+def compare(ours, theirs, *inputs, **options):
+    a, b = ours(*inputs, **options), theirs(*inputs, **options)
+    assert close(a.logits, b.logits) and close(a.loss, b.loss)
+    a.loss.backward(), b.loss.backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert close(p.grad, expected[name].grad), name
+
+
+@pytest.mark.parametrize(
+    ("K", "problem_type", "labels"),
+    [(1, None, torch.randn(3)), (1, None, torch.randn(3, 1)), (4, "regression", torch.randn(3, 4)),
+     (4, None, torch.tensor([3, 0, 1])), (4, "single_label_classification", torch.tensor([3, -100, 1])),
+     (4, None, torch.rand(3, 4)), (4, "multi_label_classification", torch.rand(3, 4).round()), (2, None, torch.tensor([1, 0, 1]))],
+)  # fmt: skip
+def test_sequence_classification(tmp_path, K, problem_type, labels):
+    ours, theirs = classifier(tmp_path, "sequence", num_labels=K, problem_type=problem_type)
+    assert theirs.config.num_labels == K
+    ids, mask = padded_batch()
+    compare(ours, theirs, ids, attention_mask=mask, labels=labels)
+    with torch.no_grad():
+        alone = torch.cat([ours(ids[b : b + 1, mask[b] == 1]).logits for b in range(3)])
+        assert close(ours(ids, mask).logits, alone)  # the padding is not what is judged
+        embeds = torch.randn(3, T, 48)
+        assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
+
+
+def test_sequence_classification_without_padding_token(tmp_path):
+    ours, theirs = classifier(tmp_path, "sequence", num_labels=3, pad_token_id=None)
+    ids = random_ids(CONFIGS["D16"], rows=1)
+    compare(ours, theirs, ids, labels=torch.tensor([2]))
+    with pytest.raises(ValueError, match="to find where 2 texts end, config.json has to have a pad_token_id"):
+        ours(ids.expand(2, -1))
+
+
+def test_token_classification(tmp_path):
+    ours, theirs = classifier(tmp_path, "token", num_labels=6)
+    ids, mask = padded_batch()
+    labels = torch.randint(6, (3, T))
+    labels[mask == 0] = -100
+    labels[2, 10:20] = -100
+    a, b = ours(ids, mask), theirs(ids, mask)
+    assert close(a.logits[mask == 1], b.logits[mask == 1]) and a.loss is None
+    compare(ours, theirs, ids[2:], labels=labels[2:])
+    assert close(ours(ids, mask, labels=labels).loss, theirs(ids, mask, labels=labels).loss)
+
+
+@pytest.mark.parametrize("changes", [{"classifier_dropout": 1.0}, {"hidden_dropout": 1.0},
+                                     {"hidden_dropout": 1.0, "classifier_dropout": 0.0}])  # fmt: skip
+def test_token_classification_dropout(tmp_path, changes):
+    ours, theirs = classifier(tmp_path, "token", num_labels=6, **changes)
+    ids = random_ids(CONFIGS["D16"])
+    trained = ours.train()(ids).logits
+    assert close(trained, theirs.train()(ids).logits) and not close(trained, ours.eval()(ids).logits, 0.1)
+    is_all_bias = close(trained, ours.score.bias.expand_as(trained), 1e-6)
+    assert is_all_bias == (changes.get("classifier_dropout") != 0.0)
+
+
+@pytest.mark.parametrize("cls", [PersimmonForSequenceClassification, PersimmonForTokenClassification])
+def test_a_classifier_from_a_language_model(folder, tmp_path, cls, small):
+    with pytest.warns(UserWarning, match="has no classifier: score.*weight is new, random.*lm_head.weight is not used"):
+        model = cls.from_pretrained(folder, num_labels=50, pad_token_id=7)
+    assert model.config.num_labels == 50 and model.config.pad_token_id == 7
+    assert torch.equal(model.model.layers[1].mlp.dense_4h_to_h.bias, small.model.layers[1].mlp.dense_4h_to_h.bias)
+    assert model.score.weight.shape == (50, 48) and 0.015 < model.score.weight.std() < 0.025
+    assert model.score.bias is None or (model.score.bias == 0).all()
+    # a classifier's own folder is strict again
+    model.save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = cls.from_pretrained(tmp_path / "own")
+    assert torch.equal(again.score.weight, model.score.weight) and again.config.num_labels == 50
+    file = tmp_path / "own" / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.zeros(97, 48)}, file)
+    with pytest.raises(ValueError, match="has the tensor lm_head.weight, which is not in"):
+        cls.from_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"score.\w+ in shape \(50"):
+        model.save_pretrained(tmp_path / "own")
+        cls.from_pretrained(tmp_path / "own", num_labels=3, id2label=None)
+
+
+def test_label_names_are_kept(tmp_path):
+    names = {"0": "sad", "1": "glad", "2": "mad"}
+    model = PersimmonForTokenClassification(replace(CONFIGS["D16"], num_labels=3, id2label=names))
+    model.save_pretrained(tmp_path)
+    assert PersimmonConfig.from_pretrained(tmp_path).id2label == names
+    theirs = transformers.PersimmonForTokenClassification.from_pretrained(tmp_path)
+    assert list(theirs.config.id2label.values()) == list(names.values())
+
+
+def test_training_in_float16_is_refused(small):
+    ids = random_ids(small.config)
+    for cls in (PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification):
+        model = cls(small.config).half()
+        labels = {"labels": torch.zeros(2, dtype=torch.long) if "Sequence" in cls.__name__ else ids * 0}
+        with pytest.raises(ValueError, match="float16 .* use bfloat16"):
+            model.train()(ids, **labels)
+        assert model.eval()(ids, **labels).loss.dtype == torch.float32
+        assert model.bfloat16().train()(ids, **labels).loss.isfinite()
+
+
+def test_gradient_checkpointing(small):
+    """The same gradients, dropout included, out of much less that is kept for the backward pass."""
+    ids, results = random_ids(small.config), []
+    for is_on in (False, True):
+        model = PersimmonForCausalLM(replace(small.config, hidden_dropout=0.3, attention_dropout=0.2))
+        model.load_state_dict(small.state_dict())
+        if is_on:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters()}, sum(kept)))
+    (loss, grads, kept), (same_loss, same_grads, kept_less) = results
+    assert loss == same_loss and all(torch.equal(grads[name], same_grads[name]) for name in grads)
+    assert kept_less < kept / 3
+
+
 # --- positions, cache, mask ------------------------------------------------------------------------------------------
+
+
+def test_causal_mask():
+    padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = causal_mask(3, 5, padding, "cpu")[:, 0].int().tolist()
+    assert mask == [[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]]
+    assert causal_mask(3, 5, None, "cpu")[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert causal_mask(5, 5, None, "cpu") is causal_mask(1, 5, None, "cpu") is None
 
 
 @pytest.mark.parametrize("chunks", [(5, 1, 3), (1, 1, 7), (9,), (2, 7)])
@@ -371,6 +532,8 @@ def test_shape_comments(small):
             small(ids[:, :5], cache=cache)
             small(ids, labels=ids)
         small.generate(ids, max_new_tokens=5)
+        for cls in (PersimmonForSequenceClassification, PersimmonForTokenClassification):
+            cls(c).eval()(ids)
 
     sys.settrace(tracer)
     try:
@@ -426,6 +589,12 @@ def test_greedy_ties_and_limits():
     assert set(sample(tied, generators(20), 1e-30).tolist()) == {1, 2, 4}  # no overflow to inf - inf
     assert set(sample(tied, generators(20), 1.0, top_k=2).tolist()) == {1, 2}
     assert sample(tied, generators(20), 1.0, top_k=99).max() <= 4
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits, ids = torch.randn(3, 50), torch.randint(50, (3, 20))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    assert torch.equal(penalize(logits, seen, 1.7), RepetitionPenaltyLogitsProcessor(1.7)(ids, logits))
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -696,7 +865,7 @@ def test_chat_prompt():
      ({"num_key_value_heads": 1}, "num_key_value_heads = 1 is not supported: a Persimmon checkpoint has 3"),
      ({"head_dim": 32}, "head_dim = 32"), ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
      ({"model_type": "llama"}, "model_type = 'llama'"), ({"quantization_config": {}}, "quantization_config"),
-     ({"hidden_size": 49}, "hidden_size = 49 is not a multiple of num_attention_heads = 3"),
+     ({"hidden_size": 49}, "hidden_size = 49 is no multiple of num_attention_heads = 3"),
      ({"hidden_size": "big"}, "hidden_size = 'big' is not of type int"), ({"num_hidden_layers": 0}, "is not above zero"),
      ({"qk_layernorm": 1}, "qk_layernorm = 1 is not of type bool"), ({"hidden_dropout": 1.5}, "hidden_dropout = 1.5"),
      ({"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\]"), ({"pad_token_id": 97}, "pad_token_id = 97"),
@@ -793,7 +962,7 @@ def damage(folder: Path, kind: str) -> None:
 
 DAMAGES = {
     "missing": "lacks the tensor layers.2.mlp.dense_h_to_4h.bias",
-    "unexpected": "has the tensor model.layers.4.mlp.dense_h_to_4h.bias, which is not in a PersimmonForCausalLM",
+    "unexpected": "has the tensor layers.4.mlp.dense_h_to_4h.bias, which is not in a PersimmonForCausalLM",
     "misshapen": r"model.safetensors has the tensor model.layers.2.self_attn.dense.bias in shape \(47,\)",
     "integers": "model.safetensors has the tensor lm_head.weight as torch.int8",
     "cut off": "model.safetensors is cut off, damaged or no safetensors file",
@@ -877,7 +1046,10 @@ def test_save_pretrained(folder, tmp_path, monkeypatch):
     new = tmp_path / "deep" / "new"
     model.save_pretrained(new)
     assert sorted(os.listdir(new)) == ["config.json", "model.safetensors"] and os.listdir(new.parent) == ["new"]
-    assert oct(new.stat().st_mode)[-3:] == oct(folder.stat().st_mode)[-3:]  # and not a temporary folder's
+    (tmp_path / "plain").mkdir()
+    assert new.stat().st_mode == (tmp_path / "plain").stat().st_mode  # and not a temporary folder's
+    (tmp_path / "plain").rmdir()
+    assert (new / "model.safetensors").stat().st_mode == (new / "config.json").stat().st_mode
     with torch.no_grad():
         expected = model(ids).logits
         theirs = oracle(new)
@@ -977,18 +1149,57 @@ def test_tiny_tokenizer_loses_nothing(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")  # its own sign for a space
 
 
-def test_train_script(tmp_path):
-    text = "".join(f"{line}\n" for line in CORPUS * 30)
-    (tmp_path / "text").write_text(text)
-    command = [sys.executable, TINY / "train.py", "--text", "text", "--out", "out", "--steps", "2", "--batch", "1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    model = PersimmonForCausalLM.from_pretrained(tmp_path / "out")
+def train_py(folder: Path, *arguments: str) -> list[str | Path]:
+    """A command line for tiny/train.py, on a text made here."""
+    (folder / "text").write_text("".join(f"{line}\n" for line in CORPUS * 30))
+    options = ["--text", folder / "text", "--out", folder / "out", "--batch", "1", "--eval-every", "1", *arguments]
+    return [sys.executable, TINY / "train.py", *options]
+
+
+def losses_of(*outputs: str) -> list[str]:
+    return [line for output in outputs for line in re.findall(r"step \d+/\d+  loss \S+", output)]
+
+
+def test_training_resumed_equals_uninterrupted(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    done = subprocess.run(train_py(whole, "--steps", "6"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(os.listdir(whole / "out")) == files
+
+    process = subprocess.Popen(train_py(parts, "--steps", "6"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the first validation loss
+    process.send_signal(signal.SIGINT)
+    _, first = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command with --resume goes on" in first and "Traceback" not in first
+    other = subprocess.run(train_py(parts, "--steps", "7", "--resume"), capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2 and "--resume: the run was begun with" in other.stderr
+    second = subprocess.run(train_py(parts, "--steps", "6", "--resume"), capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0, second.stderr
+    assert 1 <= len(losses_of(first)) <= 5
+    assert losses_of(first, second.stderr) == losses_of(done.stderr) and len(losses_of(done.stderr)) == 6
+    assert sorted(os.listdir(parts / "out")) == files
+    assert all((whole / "out" / file).read_bytes() == (parts / "out" / file).read_bytes() for file in files)
+    model = PersimmonForCausalLM.from_pretrained(whole / "out")
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert sorted(os.listdir(tmp_path / "out")) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
-    ]  # fmt: skip
-    oracle(tmp_path / "out")
+    oracle(whole / "out")
+    again = subprocess.run(train_py(whole, "--steps", "6"), capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and "is not empty" in again.stderr and again.stderr.count("\n") == 1
+
+
+def test_fine_tuning_and_a_loss_that_is_not_finite(tmp_path):
+    tuned = subprocess.run(train_py(tmp_path, "--steps", "1", "--init", TINY), capture_output=True, text=True, timeout=120)
+    assert tuned.returncode == 0, tuned.stderr
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
+    before, after = (load_file(f / "model.safetensors") for f in (TINY, tmp_path / "out"))
+    change = [(after[name] - before[name]).abs().max().item() for name in before]
+    assert 0 < max(change) < 0.1
+    shutil.rmtree(tmp_path / "out")
+    command = train_py(tmp_path, "--steps", "9", "--init", TINY, "--lr", "1e30")
+    broken = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert broken.returncode == 2 and re.search(r"train.py: error: step \d: the loss is nan", broken.stderr), broken.stderr
+    assert "Traceback" not in broken.stderr
 
 
 def sample_py(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
@@ -1002,7 +1213,7 @@ def test_command_line_writes_text():
     assert first.stdout == second.stdout and first.stdout.decode().startswith("ROMEO:\n") and len(first.stdout) > 40
     assert first.stdout != sample_py("--seed", "8", "-n", "30").stdout
     figures = first.stderr.decode()
-    for figure in ("prompt ", " tok/s", "first token after", "generated      30 tokens", "GB/s", "peak memory", "seed 7",
+    for figure in ("prompt ", " tok/s", "first token after", "generated     30 tokens", "GB/s", "peak memory", "seed 7",
                    "stopped by length"):  # fmt: skip
         assert figure in figures, figures
 
@@ -1061,6 +1272,176 @@ def test_command_line_ctrl_c_and_closed_pipe():
     assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
 
 
+def test_command_line_stop_texts():
+    options = ["--seed", "3", "-n", "80", "--quiet", "--dtype", "float32", "--ignore-eos"]
+    free = sample_py(*options).stdout.decode().removesuffix("\n")
+    assert len(free) > 90
+    for stop in (free[40:43], free[60:75], free[90]):
+        stopped = sample_py(*options, "--stop", "never there", "--stop", stop).stdout.decode().removesuffix("\n")
+        generated = free[len("ROMEO:\n") :]
+        assert stopped == "ROMEO:\n" + generated[: generated.index(stop)]
+    assert sample_py(*options, "--stop", "never there").stdout.decode().removesuffix("\n") == free
+
+
+def test_command_line_files_json_and_logprobs(tmp_path):
+    model, tokenizer = PersimmonForCausalLM.from_pretrained(TINY, "float32"), Tokenizer(TINY)
+    (tmp_path / "one").write_text("JULIET:\n\n")
+    (tmp_path / "many").write_text('"JULIET:\\n"\n\nTo be, or not\n{"no": "string"}\n')
+    greedy = ["--temp", "0", "-n", "9", "--quiet", "--dtype", "float32"]
+    (one,) = map(json.loads, sample_py("--file", tmp_path / "one", "--json", *greedy).stdout.splitlines())
+    many = [json.loads(line) for line in sample_py("--batch", tmp_path / "many", "--json", *greedy).stdout.splitlines()]
+    assert [o["prompt"] for o in many] == ["JULIET:\n", "To be, or not", '{"no": "string"}'] and one["prompt"] == "JULIET:\n"
+    for o in (one, *many):
+        steps = list(generate(model, tokenizer(o["prompt"])["input_ids"], max_new_tokens=9))
+        assert o["ids"] == [s.tokens[0] for s in steps] and o["finish_reason"] == steps[-1].finish_reasons[0]
+        assert close(torch.tensor(o["logprobs"]), torch.tensor([s.logprobs[0] for s in steps]), 1e-4)
+        assert o["text"] == tokenizer.decode(o["ids"])
+        assert {"prompt_tokens", "tokens_per_second", "seconds_to_first_token"} <= o["figures"].keys()
+    lines = sample_py("--file", tmp_path / "one", "--logprobs", *greedy).stdout.decode().splitlines()
+    pieces = [tokenizer.processor.id_to_piece(i) for i in one["ids"]]
+    assert lines == [f"{logprob:9.4f}  {piece!r}" for logprob, piece in zip(one["logprobs"], pieces)]
+    steps = list(generate(model, tokenizer("ROMEO:\n")["input_ids"], max_new_tokens=9, repetition_penalty=1.8))
+    (o,) = map(json.loads, sample_py("--json", "--repetition-penalty", "1.8", *greedy).stdout.splitlines())
+    assert o["ids"] == [s.tokens[0] for s in steps] and len(set(o["ids"])) == 9
+    seeds = sample_py("--batch", tmp_path / "many", "--num-samples", "7", "--seed", "5", "-n", "3", "--json").stdout
+    assert [json.loads(line)["seed"] for line in seeds.splitlines()] == list(range(5, 26))  # over a batch of 16
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_reads_only_what_is_new_and_answers_as_a_fresh_run(monkeypatch, capsys):
+    model, tokenizer = PersimmonForCausalLM.from_pretrained(TINY, "float32"), Tokenizer(TINY)
+    questions = ["Who are you, that speak to the king?", "What is your name?", "/reset", "Where is Juliet?"]
+    lines, fed = iter(questions), []  # by turn, the ids of each forward pass
+
+    def answer_next(prompt):
+        fed.append([])
+        return next(lines, "/exit")
+
+    model.model.register_forward_pre_hook(lambda module, args: fed[-1].append(args[0][0].tolist()))
+    monkeypatch.setattr("builtins.input", answer_next)
+    args = sample_script.parse(["--chat", "--temp", "0", "-n", "30"])
+    assert sample_script.chat(model, tokenizer, args, seed=0) == 0
+    printed = capsys.readouterr()
+    reads = [int(n) for n in re.findall(r"\((\d+) tokens read", printed.err)]
+    one, two, three = [turn for turn in fed if turn]
+    fed.append([])
+    assert reads == [len(turn[0]) for turn in (one, two, three)]  # one pass over what is new
+    assert all(len(ids) == 1 for turn in (one, two, three) for ids in turn[1:])  # and one a token
+    answers = []
+
+    def fresh(conversation: list[int]) -> str:
+        ids = [s.tokens[0] for s in generate(model, torch.tensor([conversation]), max_new_tokens=30)]
+        answers.append(tokenizer.decode(ids).split("\n\nhuman:")[0])
+        return answers[-1]
+
+    assert one[0] == tokenizer.encode(chat_prompt(questions[:1]))
+    first = fresh(one[0])
+    # What the cache holds, and then what is new, is the whole conversation: its text, and no more.
+    answer = tokenizer.encode(chat_prompt([questions[0], first, questions[1]]))
+    whole = sum(one, [])
+    while not chat_prompt([questions[0], first, questions[1]]).startswith(tokenizer.decode(whole)):
+        whole.pop()
+    whole += two[0]
+    assert tokenizer.decode(whole) == chat_prompt([questions[0], first, questions[1]])
+    assert len(two[0]) < len(answer) - len(one[0]) < len(answer)
+    fresh(whole)
+    forgotten = tokenizer.encode(chat_prompt([questions[3]]))
+    assert forgotten[-len(three[0]) :] == three[0] != forgotten  # "human:" is in the cache
+    fresh(forgotten)
+    assert printed.out == "".join(f"{answer.lstrip()}\n" for answer in answers)
+
+
+class Terminal:
+    """sample.py on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.screen = ""
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the program
+
+        command = [sys.executable, HERE / "sample.py", *arguments]
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_terminal)
+        os.close(slave)
+
+    def expect(self, pattern: str) -> str:
+        """Read until the pattern appears; return what came before it and drop both from the screen."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.screen)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.screen!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                self.screen += os.read(self.master, 4096).decode(errors="replace")
+        before, self.screen = self.screen[: found.start()], self.screen[found.end() :]
+        return before
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_chat_in_a_terminal():
+    terminal = Terminal("--chat", "--temp", "0", "-n", "400", "--ignore-eos", "--stop", "\n", "--seed", "1")
+    terminal.expect("> ")
+    terminal.send("Speak, speak.\n")
+    assert len(terminal.expect(r"\(\d+ tokens read at [\d.]+ tok/s, \d+ written at [\d.]+ tok/s, stopped by stop\)")) > 5
+    terminal.expect("> ")
+    terminal.send("What say you, sir?\n")
+    terminal.expect("stopped by stop")
+    terminal.expect("> ")
+    time.sleep(0.5)  # until it waits for a line
+    terminal.send("\x03")
+    terminal.expect(r"\(/exit leaves\)")
+    terminal.send("/reset\n")
+    terminal.expect(r"\(forgotten\)")
+    terminal.send("/exit\n")
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_chat_ctrl_c_stops_the_answer_only():
+    terminal = Terminal("--chat", "-n", "900", "--ignore-eos", "--seed", "1", "--stop", "")
+    terminal.expect("> ")
+    terminal.send("Speak, speak.\n")
+    terminal.expect("K[^\x1b]{30}")  # 30 characters after the note about the prompt was wiped
+    terminal.send("\x03")
+    terminal.expect("stopped by (Ctrl-C|stop)")
+    terminal.expect("> ")
+    terminal.send("And then?\n")
+    terminal.expect("K[^\x1b]{10}")
+    terminal.send("\x03")
+    terminal.expect("stopped by (Ctrl-C|stop)")
+    terminal.expect("> ")
+    terminal.send("\x04")  # end of file
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_chat_with_a_full_context():
+    lines = "Speak, speak.\nWhat is it?\nTell me more of it.\n" + "word " * 200 + "\nAnd now?\n"
+    result = sample_py("--chat", "--ctx-size", "90", "-n", "20", "--seed", "1", input=lines.encode())
+    error = result.stderr.decode()
+    assert result.returncode == 0 and "Traceback" not in error
+    assert "(the context of 90 tokens is full: the oldest" in error
+    assert re.search(r"\(the prompt has \d+ tokens and leaves no room for another one: the context limit is 90\)", error)
+    assert error.count("written at") == 4 and error.splitlines()[-1].count("written at") == 1
+
+
+@pytest.mark.skipif("PERSIMMON_8B_CHAT" not in os.environ, reason="PERSIMMON_8B_CHAT names no folder with Adept's weights")
+def test_the_published_answer_of_the_real_chat_model():
+    """From transformers' own integration test of adept/persimmon-8b-chat."""
+    folder = os.environ["PERSIMMON_8B_CHAT"]
+    model, tokenizer = PersimmonForCausalLM.from_pretrained(folder, "bfloat16"), Tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode(chat_prompt(["Simply put, the theory of relativity states that?"]))])
+    answer = tokenizer.decode(model.generate(ids, max_new_tokens=60)[0, ids.shape[1] :])
+    assert answer.strip() == ("The theory of relativity states that the laws of physics are the same for all observers, "
+                              "regardless of their relative motion.")  # fmt: skip
+    with torch.no_grad():
+        means = model(torch.tensor([[1, 306, 4658, 278, 6593, 310, 2834, 338]])).logits.float().mean(-1)
+    expected = [-11.4726, -11.1495, -11.2694, -11.2223, -10.9452, -11.0663, -11.0031, -11.1028]
+    assert close(means, torch.tensor([expected]), 0.3)  # those were computed in 8 bits
+
+
 def test_command_line_in_a_terminal():
     """On a terminal the note about the prompt is wiped again."""
     master, slave = pty.openpty()
@@ -1068,4 +1449,4 @@ def test_command_line_in_a_terminal():
     output, _ = process.communicate(timeout=60)
     os.close(slave)
     screen = os.read(master, 10_000).decode()
-    assert output.startswith(b"ROMEO:\n") and re.match(r"reading \d+ tokens ...\r\x1b\[K", screen), screen
+    assert output.startswith(b"ROMEO:\n") and re.match(r"(\rloading.*\r\x1b\[K)?reading \d+ tokens ...\r\x1b\[K", screen), screen

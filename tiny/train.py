@@ -1,0 +1,262 @@
+"""Train a small Persimmon on a text, from nothing or from a checkpoint. The model in this folder was made with it.
+
+    python tiny/train.py --text input.txt --out FOLDER                    from nothing; README.md has the exact command
+    python tiny/train.py --text my.txt --out FOLDER --init tiny           from a model's folder: fine-tuning
+    python tiny/train.py --text input.txt --out FOLDER --resume           go on after Ctrl-C, as if nothing had happened
+
+The first 90% of the text's characters are trained on. The last 10% are for validation: their total loss in nats, divided
+by their number, over windows of 256 tokens that do not overlap, the first token of each predicted from `|ENDOFTEXT|`.
+FOLDER holds the model of the lowest validation loss so far. Weights are float32 while they are trained, matrix products
+bfloat16, and what is saved is bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from persimmon import PersimmonConfig, PersimmonForCausalLM, Tokenizer, chat_prompt  # noqa: E402
+
+WINDOW = 256  # tokens that are predicted in a row of a batch
+
+
+def make_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
+    """Train a SentencePiece unigram model with byte fallback that gives every text back exactly, line breaks included."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+        byte_fallback=True, character_coverage=1.0, user_defined_symbols=["\n"],  # no line holds one: so it is named
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        unk_id=0, eos_id=1, eos_piece="|ENDOFTEXT|", bos_id=-1, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": "|ENDOFTEXT|", "eos_token": "|ENDOFTEXT|",
+                "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+def conversations(text: str) -> list[str]:
+    """A third of a play's speeches again, as conversations of one or two turns in the format of chat_prompt.
+
+    A speech is a paragraph that begins with a line `NAME:`, which is left out here.
+    """
+    speeches = [paragraph.partition(":\n")[2].strip() for paragraph in text.split("\n\n")]
+    speeches = [speech for speech in speeches if speech]
+    starts = range(0, len(speeches) - 4, 9)
+    return [chat_prompt(speeches[i : i + n]) + " " + speeches[i + n] for j, i in enumerate(starts) for n in (1 + j % 2 * 2,)]
+
+
+def split_at_random(tokenizer: Tokenizer, text: str, rng: random.Random) -> list[int]:
+    """Token ids of a text, each word of it split into pieces in a way drawn by likelihood**0.3 from its 16 best ones.
+
+    A unigram model has many ways to split a word; seeing several keeps a model from learning a small text by heart
+    (subword regularization; Kudo, arXiv 1804.10959). No piece reaches from one word into the next, so words are drawn
+    one by one. (SentencePiece samples too, but what it draws can't be repeated: its seed is not honoured.)
+    """
+    processor, known, ids = tokenizer.processor, {}, []
+    for word in re.findall(r"\n| ?[^ \n]+| ", text):
+        if word not in known:
+            ways = processor.nbest_encode(word, nbest_size=16)
+            known[word] = ways, [math.exp(0.3 * sum(map(processor.get_score, way))) for way in ways]
+        ways, weights = known[word]
+        ids += rng.choices(ways, weights)[0]
+    return ids
+
+
+def training_tokens(tokenizer: Tokenizer, text: str, seed: int, is_new: bool) -> list[Tensor]:
+    """The text and then its conversations as token ids, each ended by |ENDOFTEXT|.
+
+    With a tokenizer that is new, several times, split into tokens at random; else once, as the model knows it.
+    """
+    rng = random.Random(seed)
+
+    def encode(text: str) -> list[int]:
+        return split_at_random(tokenizer, text, rng) if is_new else tokenizer.encode(text, add_bos=False)
+
+    parts = [text, *conversations(text)]
+    return [torch.tensor([i for part in parts for i in (*encode(part), tokenizer.end_of_text)])
+            for _ in range(8 if is_new else 1)]
+
+
+@torch.no_grad()
+def validation_loss(model: PersimmonForCausalLM, tokenizer: Tokenizer, text: str) -> float:
+    """Nats a character of `text`, as the head of this file defines it."""
+    model.eval()
+    device = model.lm_head.weight.device
+    ids, total = torch.tensor(tokenizer.encode(text, add_bos=False), device=device), 0.0
+    full = len(ids) // WINDOW * WINDOW
+    for rows in [*ids[:full].view(-1, WINDOW).split(32), ids[full:][None]]:
+        rows = torch.cat((rows.new_full((len(rows), 1), tokenizer.end_of_text), rows), dim=1)
+        if rows.shape[1] > 1:
+            total += model(rows, labels=rows).loss.item() * rows[:, 1:].numel()
+    model.train()
+    return total / len(text)
+
+
+def save_state(file: Path, model: PersimmonForCausalLM, optimizers: list, facts: dict) -> None:
+    """Everything that --resume needs, in one safetensors file that is there whole or not at all."""
+    tensors = {f"model/{name}": p for name, p in model.state_dict().items()}
+    for o, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{o}/{i}/{name}": value.reshape(-1) for name, value in state.items()}
+    unfinished = file.with_suffix(".unfinished")
+    save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
+    os.replace(unfinished, file)
+
+
+def load_state(file: Path, model: PersimmonForCausalLM, optimizers: list) -> dict:
+    """Put back what save_state has written; returns the facts."""
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        facts = json.loads(stored.metadata()["facts"])
+    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    for o, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters):
+            state = {n.split("/")[2]: t for n, t in tensors.items() if n.startswith(f"{o}/{i}/")}
+            whole["state"][i] = {n: t.reshape(()) if n == "step" else t.view_as(p) for n, t in state.items()}
+        optimizer.load_state_dict(whole)
+    return facts
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run to the end, or to Ctrl-C; the exit code."""
+    text = args.text.read_text(encoding="utf-8")
+    cut = int(len(text) * 0.9)
+    state_file = args.out / "training.safetensors"
+    if args.resume and not state_file.is_file():
+        raise ValueError(f"--resume: there is no {state_file}")
+    if not args.resume and args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out} is not empty: give a new folder, or --resume to go on in this one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.resume and args.init:
+        for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+            if (args.init / name).exists():
+                shutil.copy(args.init / name, args.out)
+    elif not args.resume:
+        make_tokenizer(text[:cut], 1024, args.out)
+    tokenizer = Tokenizer(args.out)
+
+    torch.manual_seed(args.seed)
+    if args.init:
+        model = PersimmonForCausalLM.from_pretrained(args.init, "float32")
+    else:
+        end = tokenizer.end_of_text
+        model = PersimmonForCausalLM(PersimmonConfig(
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
+            num_attention_heads=4, max_position_embeddings=1024, hidden_dropout=args.dropout, bos_token_id=end,
+            eos_token_id=end,
+        ))
+    model.to(args.device).train()
+    # Muon for the matrices of the blocks, at a step as large as AdamW's (arXiv 2502.16982), AdamW for the rest.
+    parameters = dict(model.named_parameters())
+    matrices = [p for name, p in parameters.items() if p.dim() == 2 and ".layers." in name]
+    rest = [p for name, p in parameters.items() if p.dim() != 2 or ".layers." not in name]
+    optimizers = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.99))]
+    settings = {name: str(getattr(args, name)) for name in ("text", "init", "steps", "batch", "lr", "dropout", "seed")}
+    facts = {"step": 0, "best": math.inf, "settings": settings}
+    if args.resume:
+        facts = load_state(state_file, model, optimizers)
+        if facts["settings"] != settings:
+            raise ValueError(f"--resume: the run was begun with {facts['settings']}, not with {settings}")
+    streams = training_tokens(tokenizer, text[:cut], args.seed, is_new=args.init is None)
+
+    is_interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+
+    signal.signal(signal.SIGINT, interrupt)  # a step is finished before anything is saved
+    begin, first = time.monotonic(), facts["step"]
+    for step in range(first, args.steps):
+        warm, cosine = min(1, (step + 1) / 100), (1 + math.cos(math.pi * step / args.steps)) / 2
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.lr * warm * (0.01 + 0.99 * cosine)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # what is random in a step depends on the step alone
+        rows = [streams[int(torch.randint(len(streams), ()))] for _ in range(args.batch)]
+        starts = [int(torch.randint(max(1, len(row) - WINDOW + 1), ())) for row in rows]
+        rows = torch.stack([row[i : i + WINDOW] for row, i in zip(rows, starts)])
+        rows = torch.cat((rows.new_full((args.batch, 1), tokenizer.end_of_text), rows), dim=1).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = model(rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"step {step + 1}: the loss is {loss.item()}; a lower --lr may help")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds, done = time.monotonic() - begin, step + 1 - first
+        is_checked = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        if sys.stderr.isatty() or (step + 1) % 50 == 0 or is_checked:
+            rate = done * args.batch * WINDOW / seconds
+            print(f"\rstep {step + 1}/{args.steps}  loss {loss.item():.4f}  {rate:.0f} tok/s  "
+                  f"{(args.steps - step - 1) * seconds / done / 60:.1f} min left ", file=sys.stderr, flush=True,
+                  end="" if sys.stderr.isatty() else "\n")
+        if is_checked:
+            validation = validation_loss(model, tokenizer, text[cut:])
+            print(f"step {step + 1}: validation loss {validation:.4f} nats a character", flush=True)
+            if validation < facts["best"]:
+                facts["best"] = validation
+                copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
+        facts["step"] = step + 1
+        if is_checked or is_interrupted:
+            save_state(state_file, model, optimizers, facts)
+        if is_interrupted:
+            print(f"\nstopped after step {step + 1}; the same command with --resume goes on", file=sys.stderr)
+            return 130
+    state_file.unlink(missing_ok=True)
+    saved = PersimmonForCausalLM.from_pretrained(args.out, device=args.device)
+    print(f"{args.out}: {validation_loss(saved, tokenizer, text[cut:]):.4f} nats a character, as saved")
+    return 0
+
+
+def main() -> int:
+    """The command line: errors are one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, help="UTF-8 text")
+    add("--out", type=Path, required=True, help="folder for the model")
+    add("--init", type=Path, metavar="FOLDER", help="model to start from")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--steps", type=int, default=2400, help="(default: %(default)s)")
+    add("--batch", type=int, default=16, help=f"rows of {WINDOW} tokens a step (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="hidden_dropout of a new model (default: %(default)s)")
+    add("--eval-every", type=int, metavar="STEPS", default=250, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    try:
+        return train(parser.parse_args())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
