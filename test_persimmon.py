@@ -6,19 +6,23 @@ of zero would hide that two norms are swapped or a bias is lost. All axes of a m
 
 from __future__ import annotations
 
+import argparse
 import ast
+import enum
 import fcntl
 import io
 import json
 import math
 import os
 import pty
+import random
 import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import termios
 import time
 import warnings
@@ -26,6 +30,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import sentencepiece
 import torch
@@ -41,6 +46,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+import convert
 import persimmon
 import sample as sample_script
 from persimmon import (
@@ -1086,6 +1092,423 @@ def test_new_weights():
         else:
             assert (p == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all(), name
     assert (PersimmonForCausalLM(config).model.embed_tokens.weight[5] == 0).all()
+
+
+# --- convert.py ------------------------------------------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    return bytes([value & 0x7F | 0x80]) + varint(value >> 7) if value > 0x7F else bytes([value])
+
+
+def piece_message(text: str, kind: int) -> bytes:
+    """A piece of a SentencePiece model: text, score 0.0, type (1 normal, 3 control, 4 user-defined, 5 unused)."""
+    inner = b"\x0a" + varint(len(text.encode())) + text.encode() + b"\x15\0\0\0\0" + b"\x18" + bytes([kind])
+    return b"\x0a" + varint(len(inner)) + inner
+
+
+def with_placeholders(model: bytes, text: str = "|IMAGE_PATCH_{}|", kind: int = 4) -> bytes:
+    """A SentencePiece model with 70,000 pieces for images put in as ids 3 to 70002, as in Adept's."""
+    fields = [whole for _, whole, _ in convert.fields_of(model)]
+    return b"".join(fields[:3] + [piece_message(text.format(n), kind) for n in range(70_000)] + fields[3:])
+
+
+RELEASE = PersimmonConfig(
+    vocab_size=400, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
+    max_position_embeddings=160, hidden_dropout=0.1, layer_norm_eps=1e-5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory) -> bytes:
+    file = tmp_path_factory.mktemp("vocabulary") / "adept_vocab.model"
+    train_sentencepiece(file, **ENDOFTEXT)
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, torch.Tensor]:
+    return randomize(PersimmonForCausalLM(RELEASE)).bfloat16().state_dict()
+
+
+def release_pickle(weights: dict, changes: dict | None = None, config: PersimmonConfig = RELEASE, **extra) -> dict:
+    """What is in Adept's model_optim_rng.pt: nested and dotted keys mixed, args, numbers and states of the training run."""
+    encoder = {f"layers.{n}.self_attention.rotary_emb.inv_freq": torch.ones(4) for n in range(config.num_hidden_layers)}
+    for name, tensor in weights.items():
+        if "layer" in name:
+            encoder[name.removeprefix("model.").replace("self_attn", "self_attention")] = tensor
+    model = {
+        "language_model": {
+            "embedding": {"word_embeddings": {"weight": weights.get("model.embed_tokens.weight")}}, "encoder": encoder,
+        },
+        "word_embeddings_for_head": {"weight": weights.get("lm_head.weight")},
+    }  # fmt: skip
+    args = {
+        "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "kv_channels": config.head_size,
+        "ffn_hidden_size": config.intermediate_size, "num_attention_heads": config.num_attention_heads,
+        "rotary_pct": 0.5, "rotary_emb_base": 25000, "layernorm_epsilon": 1e-5, "padded_vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings, "qk_layernorm": "weights_per_layer", "sq_relu": True,
+        "untie_embeddings": True, "pos_emb": "rotary", "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "hidden_dropout": 0.1, "attention_dropout": 0.0, "init_method_std": 0.02, "params_dtype": torch.bfloat16,
+        "iteration": 1251, "sample_temp_type": SomeEnum.first, **(changes or {}),
+    }  # fmt: skip
+    args = argparse.Namespace(**{name: value for name, value in args.items() if value != "absent"})
+    states = {"random_rng_state": random.getstate(), "np_rng_state": numpy.random.get_state(),
+              "torch_rng_state": torch.get_rng_state(), "of": SomeClass()}  # fmt: skip
+    return {"args": args, "checkpoint_version": 3.0, "iteration": 1251, "tokens": 0, "model": model,
+            "rng_state": [states], **extra}  # fmt: skip
+
+
+class SomeEnum(enum.Enum):
+    """Stands for a class of megatron's that a pickle names."""
+
+    first = 1
+
+
+class SomeClass:
+    """Another one, with state of an unusual kind."""
+
+    def __reduce__(self):
+        return SomeClass, (), ("a", 5)
+
+
+def release_tar(file: Path, checkpoint, vocabulary: bytes, members: dict[str, bytes] | None = None) -> Path:
+    """A tar as Adept made it, and `members` beside."""
+    pickled = io.BytesIO()
+    torch.save(checkpoint, pickled)
+    folder = "8b_chat_model_release"
+    contents = {"latest_checkpointed_iteration.txt": b"1251\n", "adept_vocab.vocab": b"<unk>\t0\n",
+                "adept_vocab.model": vocabulary, "iter_0001251/mp_rank_00/model_optim_rng.pt": pickled.getvalue()}  # fmt: skip
+    with tarfile.open(file, "w") as tar:
+        for name, data in ({f"{folder}/{name}": data for name, data in contents.items()} | (members or {})).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def hub_folder(folder: Path, weights: dict, vocabulary: bytes, shards: int) -> Path:
+    folder.mkdir()
+    write_config(folder, RELEASE, "2023")
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": true, "eos_token": null}')
+    names = sorted(weights)
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    places = {name: f"pytorch_model-0000{1 + n * shards // len(names)}-of-0000{shards}.bin" for n, name in enumerate(names)}
+    for file in set(places.values()):
+        torch.save({name: weights[name] for name in names if places[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def make_source(kind: str, folder: Path, weights: dict, vocabulary: bytes) -> list[str | Path]:
+    """A source of one of the kinds; the arguments that name it."""
+    if kind == "safetensors":
+        model = PersimmonForCausalLM(RELEASE).bfloat16()
+        model.load_state_dict(weights)
+        model.save_pretrained(folder / "source")
+        (folder / "source" / "tokenizer.model").write_bytes(vocabulary)
+        return [folder / "source"]
+    if kind.startswith("hub"):
+        return [hub_folder(folder / "source", weights, vocabulary, int(kind[-1]))]
+    tar = release_tar(folder / "release.tar", release_pickle(weights), vocabulary)
+    if kind == "tar":
+        return [tar]
+    with tarfile.open(tar) as opened:
+        opened.extractall(folder, filter="data")
+    release = folder / "8b_chat_model_release"
+    if kind == "unpacked":
+        return [release]
+    return [release / "iter_0001251/mp_rank_00/model_optim_rng.pt", "--tokenizer", release / "adept_vocab.model"]
+
+
+KINDS = ["tar", "unpacked", "pt", "hub 1", "hub 3", "safetensors"]
+
+
+def converted(*arguments: str | Path) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert(tmp_path, weights, vocabulary, kind, capsys):
+    source = make_source(kind, tmp_path, weights, vocabulary)
+    assert converted(*source, tmp_path / "out", "--shard-size", "30KB") == 0
+    said = capsys.readouterr()
+    assert f"python sample.py --model {tmp_path / 'out'}" in said.out and said.err == ""
+    shards = sorted(file.name for file in (tmp_path / "out").glob("model-*"))
+    assert len(shards) > 3 and all((tmp_path / "out" / name).stat().st_size < 45_000 for name in shards)
+    model = PersimmonForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(weights[name], p) and p.dtype == torch.bfloat16 for name, p in model.state_dict().items())
+    tokenizer = Tokenizer(tmp_path / "out")
+    end = tokenizer.end_of_text
+    expected = replace(RELEASE, bos_token_id=end, eos_token_id=end, dtype="bfloat16")
+    assert PersimmonConfig.from_pretrained(tmp_path / "out") == expected
+    truth = PersimmonForCausalLM(RELEASE).bfloat16().eval()
+    truth.load_state_dict(weights)
+    ids = random_ids(RELEASE)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, truth(ids).logits)
+        theirs = transformers.PersimmonForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+        assert theirs.dtype == torch.bfloat16 and theirs.config.rope_parameters["rope_theta"] == 25000.0
+        assert theirs.config.hidden_dropout == 0.1 and theirs.config.eos_token_id == end
+        assert close(model.float()(ids).logits, theirs.float()(ids).logits)
+    files = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files | set(shards) | {"model.safetensors.index.json"}
+    # and once more, from there to another dtype in one file
+    assert converted(tmp_path / "out", tmp_path / "again", "--dtype", "float32") == 0
+    again = PersimmonForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(weights[name].float(), p) and p.dtype == torch.float32 for name, p in again.state_dict().items())
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+    assert sample_script.main(["--model", str(tmp_path / "out"), "fox", "-n", "3", "--quiet"]) == 0
+
+
+def test_convert_keeps_a_tensor_that_is_not_contiguous(tmp_path, weights, vocabulary):
+    name = "model.layers.0.mlp.dense_h_to_4h.weight"
+    storage = torch.zeros(48, 90, dtype=torch.bfloat16)
+    storage[:, 5:85] = weights[name].t()
+    tar = release_tar(tmp_path / "release.tar", release_pickle({**weights, name: storage.t()[5:85]}), vocabulary)
+    assert converted(tar, tmp_path / "out") == 0
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], weights[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"qk_layernorm": "weights_per_attention_head_and_layer"}, "args.qk_layernorm = 'weights_per_attention_head_and_layer'"),
+     ({"sq_relu": False}, "args.sq_relu = False, which is not supported: True is"),
+     ({"tensor_model_parallel_size": 2}, "args.tensor_model_parallel_size = 2"), ({"kv_channels": 32}, "args.kv_channels"),
+     ({"untie_embeddings": False}, "untie_embeddings"), ({"rotary_pct": "absent"}, "no args.rotary_pct"),
+     ({"ffn_hidden_size": 96}, "in shape .* its config makes it"), ({"num_layers": 4}, "lacks the tensor model.layers.3"),
+     ({"num_layers": 2}, "has the tensor model.layers.2"), ({"padded_vocab_size": 300}, "in shape"),
+     ({"qk_layernorm": "none"}, "has the tensor model.layers.0.self_attn.q_layernorm")],
+)  # fmt: skip
+def test_convert_checks_args(tmp_path, weights, vocabulary, changes, message, capsys):
+    tar = release_tar(tmp_path / "release.tar", release_pickle(weights, changes), vocabulary)
+    assert converted(tar, tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert re.search(message, said.err) and said.err.count("\n") == 1 and said.out == ""
+    assert os.listdir(tmp_path) == ["release.tar"]
+
+
+def test_convert_without_qk_layernorm(tmp_path, weights, vocabulary):
+    few = {name: t for name, t in weights.items() if "q_layernorm" not in name and "k_layernorm" not in name}
+    tar = release_tar(tmp_path / "release.tar", release_pickle(few, {"qk_layernorm": "none"}), vocabulary)
+    assert converted(tar, tmp_path / "out") == 0
+    assert not PersimmonForCausalLM.from_pretrained(tmp_path / "out").config.qk_layernorm
+
+
+def test_convert_refuses(tmp_path, weights, vocabulary, capsys, monkeypatch):
+    """Each failure: one sentence, exit code 2, nothing written."""
+
+    def refused(message, *arguments):
+        before = sorted(os.listdir(tmp_path))
+        assert converted(*arguments) == 2
+        said = capsys.readouterr()
+        assert re.search(message, said.err) and said.err.count("\n") == 1, said.err
+        assert sorted(os.listdir(tmp_path)) == before
+
+    out = tmp_path / "out"
+    good = release_tar(tmp_path / "good.tar", release_pickle(weights), vocabulary)
+
+    def tar(name, checkpoint, **options):
+        return release_tar(tmp_path / f"{name}.tar", checkpoint, vocabulary, **options)
+
+    refused("there is no .*nothing", tmp_path / "nothing", out)
+    refused("an entry 'ema', of which nothing is known", tar("unknown", release_pickle(weights, ema={})), out)
+    second = "8b_chat_model_release/iter_0001251/mp_rank_01/model_optim_rng.pt"
+    refused(r"is in 2 parts \(mp_rank_\*\)", tar("parts", release_pickle(weights), members={second: b"x"}), out)
+    latest = {"8b_chat_model_release/latest_checkpointed_iteration.txt": b"7"}
+    refused("has no iter_0000007/mp_rank_00/model_optim_rng.pt", tar("latest", release_pickle(weights), members=latest), out)
+    latest = {"8b_chat_model_release/latest_checkpointed_iteration.txt": b"release"}
+    refused("holds 'release' and no number", tar("release", release_pickle(weights), members=latest), out)
+    name = "model.layers.1.mlp.dense_4h_to_h.bias"
+    broken = weights[name].clone()
+    broken[7] = math.nan
+    refused(f"{name} has NaN or infinite numbers", tar("nan", release_pickle({**weights, name: broken})), out)
+    broken[7] = -math.inf
+    refused(f"{name} has NaN or infinite numbers", tar("inf", release_pickle({**weights, name: broken})), out)
+    broken[7] = 70000
+    refused(f"{name} overflows in torch.float16", tar("big", release_pickle({**weights, name: broken})), out, "--dtype", "float16")
+    extra = {**weights, "model.layers.0.mlp.gate.weight": weights[name]}
+    refused("the tensor model.layers.0.mlp.gate.weight, which no PersimmonForCausalLM", tar("more", release_pickle(extra)), out)
+    integers = {**weights, name: torch.zeros(48, dtype=torch.int8)}
+    refused(f"{name} as torch.int8", tar("integers", release_pickle(integers)), out)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    refused("cut.tar", cut, out)
+    (tmp_path / "text.pt").write_text("hello")
+    refused("without its tokenizer", tmp_path / "text.pt", out)
+    (tmp_path / "v").write_bytes(vocabulary)
+    refused("is damaged or no checkpoint", tmp_path / "text.pt", out, "--tokenizer", tmp_path / "v")
+    refused("is not one of Adept's releases", good, out, "--verify")
+    refused("does not hold|no config.json|no file", tmp_path, out)
+    refused("OUTPUT .* is or holds the source", good, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    refused("GB free, and .* GB are needed", good, out)
+    monkeypatch.undo()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    refused("exists: give another name, or --force", good, tmp_path / "mine")
+    refused("is not a model's folder: --force does not", good, tmp_path / "mine", "--force")
+    assert converted(good, out, "--dry-run") == 0 and not out.exists()
+    assert converted(good, out) == 0
+    refused("exists: give another name, or --force", good, out)
+    (out / "left over").write_text("x")
+    assert converted(good, out, "--force", "--dtype", "float32") == 0
+    assert not (out / "left over").exists() and PersimmonConfig.from_pretrained(out).dtype == "float32"
+
+
+def test_convert_notices_what_reads_back_differently(tmp_path, weights, vocabulary, monkeypatch, capsys):
+    tar, write = release_tar(tmp_path / "release.tar", release_pickle(weights), vocabulary), convert.write_shard
+
+    def bad_disk(file, *rest):
+        sums = write(file, *rest)
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        return sums
+
+    monkeypatch.setattr(convert, "write_shard", bad_disk)
+    assert converted(tar, tmp_path / "out") == 2
+    assert "reads back differently" in capsys.readouterr().err and os.listdir(tmp_path) == ["release.tar"]
+
+
+class Evil:
+    """A pickle of this calls something when it is loaded."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("where", ["args", "model", "rng_state", "entry", "tensor"])
+@pytest.mark.parametrize("attack", ["system", "eval", "open", "chain", "subprocess"])
+def test_nothing_in_a_pickle_is_executed(tmp_path, weights, vocabulary, attack, where):
+    trace = tmp_path / "trace"
+    evil = {
+        "system": Evil(os.system, f"touch {trace}"),
+        "eval": Evil(eval, f"open({str(trace)!r}, 'w')"),
+        "open": Evil(open, str(trace), "w"),
+        "chain": Evil(Evil, Evil(getattr, Evil(__import__, "os"), "mkdir"), Evil(os.mkdir, str(trace))),
+        "subprocess": Evil(subprocess.Popen, ["touch", str(trace)]),
+    }[attack]
+    checkpoint = release_pickle(weights, {"evil": evil} if where == "args" else None)
+    if where == "model":
+        checkpoint["model"]["language_model"]["evil"] = evil
+    elif where == "tensor":
+        checkpoint["model"]["word_embeddings_for_head"]["weight"] = evil
+    elif where == "rng_state":
+        checkpoint["rng_state"] = [evil]
+    elif where == "entry":
+        checkpoint["evil"] = evil
+    tar = release_tar(tmp_path / "release.tar", checkpoint, vocabulary)
+    command = [sys.executable, HERE / "convert.py", tar, tmp_path / "out"]
+    code = converted(*command[2:])
+    assert not trace.exists()
+    assert code in (0, 2) and sorted(os.listdir(tmp_path)) == (["out"] if code == 0 else []) + ["release.tar"]
+    assert code == 2 or where in ("args", "rng_state")  # what is ignored may be anything
+    assert converted(hub_folder(tmp_path / "hub", {**weights, "x": evil}, vocabulary, 1), tmp_path / "out2") == 2
+    assert not trace.exists()
+
+
+def test_a_tar_is_not_unpacked(tmp_path, weights, vocabulary):
+    members = {"../escaped": b"x", "/tmp/escaped-by-test": b"x", "8b_chat_model_release/../../escaped": b"x"}
+    inside = tmp_path / "deep" / "deeper"
+    inside.mkdir(parents=True)
+    tar = release_tar(inside / "release.tar", release_pickle(weights), vocabulary, members)
+    with tarfile.open(tar, "a") as opened:
+        for name, target in (("link", "/etc/passwd"), ("8b_chat_model_release/adept_vocab2.model", "/etc/passwd")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            opened.addfile(info)
+    assert converted(tar, inside / "out") == 0
+    assert sorted(os.listdir(inside)) == ["out", "release.tar"] and os.listdir(tmp_path) == ["deep"]
+    assert os.listdir(tmp_path / "deep") == ["deeper"] and not Path("/tmp/escaped-by-test").exists()
+    # the tokenizer as a link to a file of this machine
+    with tarfile.open(inside / "linked.tar", "w") as opened:
+        info = tarfile.TarInfo("r/adept_vocab.model")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        opened.addfile(info)
+        info = tarfile.TarInfo("r/latest_checkpointed_iteration.txt")
+        info.size = 1
+        opened.addfile(info, io.BytesIO(b"1"))
+    assert converted(inside / "linked.tar", inside / "other") == 2
+
+
+def test_convert_killed_at_any_moment(tmp_path, weights, vocabulary):
+    """kill -9 leaves no OUTPUT, and the next run succeeds."""
+    tar = release_tar(tmp_path / "release.tar", release_pickle(weights), vocabulary)
+    slow = f"""
+import sys, time
+sys.path.insert(0, {str(HERE)!r})
+import convert
+pieces = convert.pieces_of
+def slowly(*arguments):
+    for piece in pieces(*arguments):
+        time.sleep(0.02)
+        yield piece
+convert.pieces_of = slowly
+print("ready", flush=True)
+sys.exit(convert.main(sys.argv[1:]))
+"""
+    killed = 0
+    for delay in (0.05, 0.3, 0.6, 0.9):
+        command = [sys.executable, "-c", slow, tar, tmp_path / "out", "--shard-size", "30KB"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+            assert not (tmp_path / "out").exists()
+    assert killed >= 2
+    assert converted(tar, tmp_path / "out") == 0 and sorted(os.listdir(tmp_path)) == ["out", "release.tar"]
+    # killed between the renames of --force: the old folder comes back, or the new one is whole
+    (tmp_path / "out").rename(tmp_path / "out.replaced")
+    assert converted(tar, tmp_path / "out") == 2 and sorted(os.listdir(tmp_path)) == ["out", "release.tar"]
+
+
+def test_drop_unused(tmp_path, vocabulary, capsys):
+    big = with_placeholders(vocabulary)
+    pieces = sum(number == 1 for number, _, _ in convert.fields_of(big))
+    config = replace(RELEASE, vocab_size=pieces + 9, num_hidden_layers=1)
+    model = randomize(PersimmonForCausalLM(config))
+    model.lm_head.weight.data[3:70003] = 0  # logits of 0, where the largest of the others are above it
+    checkpoint = release_pickle(model.state_dict(), config=config, changes={"num_layers": 1})
+    tar = release_tar(tmp_path / "release.tar", checkpoint, big)
+    assert converted(tar, tmp_path / "whole") == 0 and converted(tar, tmp_path / "less", "--drop-unused") == 0
+    whole, less = (PersimmonForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "less"))
+    old, new = Tokenizer(tmp_path / "whole"), Tokenizer(tmp_path / "less")
+    assert less.config.vocab_size == config.vocab_size - 70_000 == len(new) + 9 and len(old) == len(new) + 70_000
+    assert less.config.eos_token_id == new.end_of_text == old.end_of_text - 70_000
+    assert new.processor.id_to_piece(new.end_of_text) == "|ENDOFTEXT|"
+
+    def shifted(ids):
+        return [i if i < 3 else i - 70_000 for i in ids]
+
+    for text in ("the quick brown fox", "日本 🙂 jumps", " |ENDOFTEXT| of black quartz,\n\njudge"):
+        assert new.encode(text) == shifted(old.encode(text)) and new.decode(new.encode(text)) == old.decode(old.encode(text))
+    ids = torch.tensor([old.encode("the quick brown fox jumps")])
+    kept = torch.tensor([*range(3), *range(70_003, config.vocab_size)])
+    with torch.no_grad():
+        assert torch.equal(less(torch.tensor([shifted(ids[0].tolist())])).logits, whole(ids).logits[..., kept])
+    a = whole.generate(ids, max_new_tokens=20)[0].tolist()
+    assert less.generate(torch.tensor([shifted(ids[0].tolist())]), max_new_tokens=20)[0].tolist() == shifted(a)
+    transformers.PersimmonForCausalLM.from_pretrained(tmp_path / "less")
+    # refused where the pieces are not placeholders
+    capsys.readouterr()
+    for changed, message in (
+        (with_placeholders(vocabulary, kind=1), "'|IMAGE_PATCH_0|' is one of ordinary text"),
+        (with_placeholders(vocabulary, "|PATCH|"), "are not one text around different numbers"),
+        (with_placeholders(vocabulary).replace(b"|IMAGE_PATCH_69999|", b"|STOP_TALKING_NOW!|"), "are not one text around"),
+    ):
+        tar = release_tar(tmp_path / "release.tar", checkpoint, changed)
+        assert converted(tar, tmp_path / "bad", "--drop-unused") == 2 and message in capsys.readouterr().err
+    tar = release_tar(tmp_path / "release.tar", checkpoint, vocabulary)
+    assert converted(tar, tmp_path / "bad", "--drop-unused") == 2 and "none to drop" in capsys.readouterr().err
 
 
 # --- the file alone, the well-known snippet, tiny/, the command line -------------------------------------------------

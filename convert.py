@@ -1,0 +1,608 @@
+"""Convert Persimmon weights to a folder that persimmon.py and transformers load: `python convert.py SOURCE OUTPUT`.
+
+SOURCE is one of
+    Adept's release: 8b_chat_model_release.tar (read in place), the folder unpacked from it, or its model_optim_rng.pt
+    a folder from the hub: pytorch_model-0000N-of-0000M.bin with an index, or one pytorch_model.bin
+    a folder with safetensors, to change dtype or shard size
+
+Nothing in a pickle is executed: torch's weights-only unpickler reads it, with inert stand-ins for the classes it names,
+and finds names, shapes and file offsets; the numbers come straight from a map of the file, a piece at a time. OUTPUT
+appears when it is complete and has been read back, or not at all. Exit codes: 0; 2 for an error; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+import persimmon
+from persimmon import PersimmonConfig, Tokenizer, tensor_files
+
+PIECE = 1 << 26  # bytes that are copied at once
+MD5 = {  # of Adept's two releases, from their README
+    "cd0320cba9efad9ccd18e9ec4d16ae1b": "the base model",
+    "663aeace07269c44e90f4e8bcd07f32a": "the chat model",
+}
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # names in a safetensors header
+
+# What a source may hold beside weights, by the end of its name, and why it is left out.
+IGNORED = {
+    "rotary_emb.inv_freq": "computed from rope_theta",
+    "args": "becomes config.json",
+    "iteration": "a number of the training run",
+    "checkpoint_version": "a number of Megatron's",
+    "tokens": "a number of the training run",
+    "rng_state": "of the training run",
+    "optimizer": "of the training run",
+    "opt_param_scheduler": "of the training run",
+}
+# Megatron's names -> transformers'; what follows the part replaced is the same.
+RENAMED = {
+    "language_model.embedding.word_embeddings.": "model.embed_tokens.",
+    "language_model.encoder.": "model.",
+    "word_embeddings_for_head.": "lm_head.",
+    ".self_attention.": ".self_attn.",
+}
+UNUSED = range(3, 70003)  # ids that stand for image patches and occur in no text
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: which part of which mapped file, and how to look at it."""
+
+    file: Tensor  # (bytes of the file), uint8, mapped
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor, still in the file."""
+        count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
+        flat = self.file[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+class Source(NamedTuple):
+    """What is to be converted, with transformers' names."""
+
+    kind: str
+    tensors: dict[str, Stored]
+    config: PersimmonConfig
+    architecture: str
+    files: dict[str, bytes]  # name -> contents: tokenizer.model, perhaps tokenizer_config.json, ...
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ValueError(sentence) unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Inert:
+    """Stands for any class or function that a pickle names: it takes what it is given, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def read_pickle(path: Path, file: BinaryIO, start: int) -> Any:
+    """The objects of a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
+
+    `file` is the same file, opened, from there on. Raises ValueError for one that torch does not read safely.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    here = f"{path}{f' ({file.name})' if start else ''}"
+    try:
+        unknown = get_unsafe_globals_in_checkpoint(file)
+        stand_ins = [(type("Inert", (Inert,), {}), name) for name in unknown if name != "argparse.Namespace"]
+        file.seek(0)
+        with safe_globals([(argparse.Namespace, "argparse.Namespace"), *stand_ins]), FakeTensorMode():
+            loaded = torch.load(file, weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious pickle brings about
+        told = re.search(r"(Trying to load|Unsupported|Can only) .*", str(error))  # torch says much about it
+        reason = told[0] if told else (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{here} is damaged or no checkpoint that can be read safely: {reason[:200]}") from None
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+    def stored(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: stored(inner, f"{name}.{key}") for key, inner in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        offset = start + value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
+        found = Stored(mapped, offset, value.dtype, tuple(value.shape), value.stride())
+        size = found.dtype.itemsize * (1 + sum((n - 1) * step for n, step in zip(found.shape, found.stride)))
+        require(offset + size <= len(mapped), f"{here} is cut off: the tensor {name} reaches past its end")
+        return found
+
+    return stored(loaded, "")
+
+
+def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts whose keys may have dots themselves: ("a.b.c", value)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_ignored(name: str) -> bool:
+    """Whether IGNORED lists the name, alone, as the end of one, or as what holds it."""
+    return any(name == key or name.endswith(f".{key}") or name.startswith(f"{key}.") for key in IGNORED)
+
+
+def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
+    """Adept's pickle, with args for a config."""
+    require(isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict), f"{where} has no dict 'model'")
+    args = checkpoint.get("args")
+    require(isinstance(args, argparse.Namespace), f"{where} has no 'args', of which config.json would be made")
+    for key in checkpoint:
+        require(key == "model" or is_ignored(str(key)), f"{where} has an entry {key!r}, of which nothing is known")
+    tensors = {}
+    for name, value in flat(checkpoint["model"]):
+        if is_ignored(name):
+            continue
+        require(isinstance(value, Stored), f"{where} has {name} in its model, which is no tensor")
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        require(name not in tensors, f"{where} has two tensors for {name}")
+        tensors[name] = value
+
+    def arg(name: str, *default: Any) -> Any:
+        require(bool(default) or hasattr(args, name), f"{where} has no args.{name}")
+        return getattr(args, name, *default)
+
+    for name, only in (("tensor_model_parallel_size", (1,)), ("pipeline_model_parallel_size", (1,)),
+                       ("sq_relu", (True,)), ("untie_embeddings", (True,)), ("pos_emb", ("rotary",)),
+                       ("kv_channels", (None, arg("hidden_size") // arg("num_attention_heads"))),
+                       ("qk_layernorm", ("none", "weights_per_layer", False, True))):
+        require(arg(name, only[0]) in only, f"{where} has args.{name} = {arg(name, None)!r}, which is not supported: "
+                f"{' or '.join(repr(value) for value in only if not isinstance(value, bool) or len(only) == 1)} is")
+    config = PersimmonConfig(
+        vocab_size=arg("padded_vocab_size"), hidden_size=arg("hidden_size"), intermediate_size=arg("ffn_hidden_size"),
+        num_hidden_layers=arg("num_layers"), num_attention_heads=arg("num_attention_heads"),
+        max_position_embeddings=arg("max_position_embeddings"), hidden_dropout=arg("hidden_dropout", 0.0),
+        attention_dropout=arg("attention_dropout", 0.0), layer_norm_eps=arg("layernorm_epsilon"),
+        initializer_range=arg("init_method_std", 0.02), rope_theta=float(arg("rotary_emb_base")),
+        partial_rotary_factor=arg("rotary_pct"), qk_layernorm=arg("qk_layernorm") not in ("none", False),
+    )
+    return Source("Adept's release", tensors, config, "PersimmonForCausalLM", {"tokenizer.model": tokenizer})
+
+
+def release_checkpoint(names: Sequence[str], latest: str, where: str) -> str:
+    """Which of the names is the checkpoint of the iteration that latest_checkpointed_iteration.txt gives."""
+    require(latest.strip().isdigit(), f"{where}: latest_checkpointed_iteration.txt holds {latest[:40]!r} and no number")
+    parts = [name for name in names if re.search(rf"(^|/)iter_0*{int(latest)}/mp_rank_[^/]+/model_optim_rng\.pt$", name)]
+    require(bool(parts), f"{where} has no iter_{int(latest):07}/mp_rank_00/model_optim_rng.pt")
+    require(len(parts) == 1, f"{where} is in {len(parts)} parts (mp_rank_*), of which Adept released one: not supported")
+    return parts[0]
+
+
+def read_source(path: Path, tokenizer: Path | None) -> Source:
+    """Find out what `path` is, and read everything but the numbers."""
+    if path.is_file() and tarfile.is_tarfile(path):
+        with tarfile.open(path, "r:") as tar:  # uncompressed: the members lie in it as they are
+            try:
+                members = {member.name: member for member in tar.getmembers() if member.isreg()}
+            except tarfile.TarError as error:
+                raise ValueError(f"{path} is cut off or damaged: {error}") from None
+
+            def find(end: str) -> bytes:
+                names = [name for name in members if name.split("/")[-1] == end and name.count("/") <= 1]
+                require(len(names) == 1, f"{path} has {len(names)} members {end}, and one is needed")
+                return tar.extractfile(members[names[0]]).read()
+
+            latest = find("latest_checkpointed_iteration.txt").decode("ascii", "replace")
+            member = members[release_checkpoint(list(members), latest, str(path))]
+            require(not member.issparse(), f"{path} has {member.name} as a sparse file: unpack the archive first")
+            checkpoint = read_pickle(path, tar.extractfile(member), member.offset_data)
+            vocabulary = tokenizer.read_bytes() if tokenizer else find("adept_vocab.model")
+        return read_release(str(path), checkpoint, vocabulary)
+    if path.is_file():
+        require(tokenizer is not None, f"{path} comes without its tokenizer: name it with --tokenizer")
+        with path.open("rb") as file:
+            return read_release(str(path), read_pickle(path, file, 0), tokenizer.read_bytes())
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no {path}")
+    if (path / "latest_checkpointed_iteration.txt").is_file():
+        names = [str(file.relative_to(path)) for file in path.rglob("model_optim_rng.pt")]
+        latest = (path / "latest_checkpointed_iteration.txt").read_text(errors="replace")
+        return read_source(path / release_checkpoint(names, latest, str(path)), tokenizer or path / "adept_vocab.model")
+
+    config = PersimmonConfig.from_pretrained(path)
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    architecture = (raw.get("architectures") or ["PersimmonForCausalLM"])[0]
+    require(architecture.startswith("Persimmon") and hasattr(persimmon, architecture),
+            f"{path}/config.json names the architecture {architecture}, which is not known here")
+    names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
+    if tokenizer is not None:
+        files["tokenizer.model"] = tokenizer.read_bytes()
+    require("tokenizer.model" in files, f"{path} has no tokenizer.model: name one with --tokenizer")
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return Source("safetensors", dict(read_safetensors(path)), config, architecture, files)
+
+    index = path / "pytorch_model.bin.index.json"
+    where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    require(bool(where) or (path / "pytorch_model.bin").is_file(), f"{path} holds no weights: no .tar, .pt, .bin or "
+            "safetensors of a kind that is known here")
+    tensors = {}
+    for shard in sorted(set(where.values())) or ["pytorch_model.bin"]:
+        with (path / shard).open("rb") as file:
+            for name, value in flat(read_pickle(path / shard, file, 0)):
+                require(not where or where.get(name) == shard, f"{index} does not place {name} in {shard}")
+                require(name not in tensors, f"{path} has the tensor {name} twice")
+                if not is_ignored(name):
+                    require(isinstance(value, Stored), f"{path / shard} has {name}, which is no tensor")
+                    tensors[name] = value
+    missing = {name for name in where if not is_ignored(name)} - tensors.keys()
+    require(not missing, f"{index} places {min(missing, default='')} in a file that has no such tensor")
+    return Source("hub", tensors, config, architecture, files)
+
+
+def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
+    """Name and place of each tensor in a folder of safetensors."""
+    by_name = {name: dtype for dtype, name in DTYPES.items()}
+    for path in sorted(set(tensor_files(folder).values())):
+        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        length = int.from_bytes(mapped[:8].numpy().tobytes(), "little")
+        for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
+            if name == "__metadata__" or is_ignored(name):
+                continue
+            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}")
+            shape, dtype = tuple(entry["shape"]), by_name[entry["dtype"]]
+            stride = torch.empty(shape, device="meta").stride()
+            yield name, Stored(mapped, 8 + length + entry["data_offsets"][0], dtype, shape, stride)
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def fields_of(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Each field of a protobuf message: number, the whole field, and what is in it if it is length-delimited."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        begin, tag = at, varint()
+        if tag & 7 == 2:
+            size = varint()
+            at += size
+            yield tag >> 3, message[begin:at], message[at - size : at]
+        else:
+            if tag & 7 == 0:
+                varint()
+            else:
+                at += {1: 8, 5: 4}[tag & 7]
+            yield tag >> 3, message[begin:at], b""
+
+
+def without_unused(model: bytes) -> bytes:
+    """A SentencePiece model without the pieces of the ids in UNUSED; the ids after them move down.
+
+    ModelProto.pieces is field 1, repeated; a piece is text (1), score (2) and type (3), normal where it has none.
+    Refused unless the pieces are placeholders, by this rule: none is a normal piece, a byte or unknown, so that no
+    segmentation of a text can contain one that does not spell it out, and all are one text around different numbers.
+    """
+    pieces = [piece for number, _, piece in fields_of(model) if number == 1]
+    require(len(pieces) > UNUSED.stop, f"the tokenizer has {len(pieces)} pieces, and none to drop after {UNUSED.stop}")
+    texts = []
+    for piece in pieces[UNUSED.start : UNUSED.stop]:
+        content = {number: (whole, inner) for number, whole, inner in fields_of(piece)}
+        kind = content[3][0][-1] if 3 in content else 1  # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
+        text = content[1][1].decode("utf-8")
+        require(kind in (3, 4, 5), f"--drop-unused: the piece {text!r} is one of ordinary text, and no placeholder")
+        texts.append(text)
+    shapes = {re.sub(r"\d+", "#", text) for text in texts}
+    require(len(shapes) == 1 and len(set(texts)) == len(texts) and "#" in min(shapes),
+            f"--drop-unused: the pieces from {texts[0]!r} to {texts[-1]!r} are not one text around different numbers")
+    kept, index = [], 0
+    for number, whole, _ in fields_of(model):
+        if number != 1 or index not in UNUSED:
+            kept.append(whole)
+        index += number == 1
+    return b"".join(kept)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line on stderr, where that is a terminal: what is done, GB/s, time left."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count bytes as done."""
+        self.done += count
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done >= self.total):
+            self.shown, seconds = now, now - self.start
+            left = seconds * (self.total - self.done) / max(self.done, 1)
+            filled = "#" * (30 * self.done // max(self.total, 1))
+            print(f"\r{self.what} [{filled:30}] {self.done / 1e9:6.2f} of {self.total / 1e9:.2f} GB, "
+                  f"{self.done / 1e9 / max(seconds, 1e-9):.2f} GB/s, {left:.0f} s left \x1b[K",
+                  end="\n" if self.done >= self.total else "", file=sys.stderr, flush=True)
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.start
+
+
+def pieces_of(name: str, stored: Stored, dtype: torch.dtype, rows: Sequence[range] | None) -> Iterator[memoryview]:
+    """The bytes of a tensor in another dtype, some rows at a time; ValueError for a number that is not finite."""
+    tensor = stored.read()
+    whole = [range(len(tensor))] if tensor.dim() else [range(1)]
+    tensor = tensor if tensor.dim() else tensor[None]
+    step = max(1, PIECE // max(1, tensor[0].numel() * 4))
+    for block in rows or whole:
+        for at in range(block.start, block.stop, step):
+            piece = tensor[at : min(at + step, block.stop)]
+            low, high = piece.aminmax() if piece.numel() else (torch.zeros(()),) * 2
+            require(bool(low.isfinite() and high.isfinite()), f"{name} has NaN or infinite numbers in the source")
+            cast = piece.to(dtype).contiguous()
+            if cast.dtype != piece.dtype:
+                low, high = cast.aminmax()
+                require(bool(low.isfinite() and high.isfinite()), f"{name} overflows in {dtype}: use bfloat16 or float32")
+            yield memoryview(cast.view(torch.uint8).numpy()).cast("B")
+
+
+class Planned(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    stored: Stored
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Sequence[range] | None  # of the source, where not all are wanted
+
+    @property
+    def nbytes(self) -> int:
+        """In the output."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str, int]:
+    """Write a safetensors file, a piece of a tensor at a time; the CRC-32 of each tensor.
+
+    (The safetensors library wants all tensors of a file in memory. Layout: 8 bytes, the length of the header; the
+    header, JSON; the numbers. https://github.com/huggingface/safetensors#format)
+    """
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for item in plan:
+        place = [at, at + item.nbytes]
+        header[item.name] = {"dtype": DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": place}
+        at += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sums = {}
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for item in plan:
+            checksum = 0
+            for piece in pieces_of(item.name, item.stored, item.dtype, item.rows):
+                checksum = zlib.crc32(piece, checksum)
+                out.write(piece)
+                progress.add(len(piece))
+            sums[item.name] = checksum
+        out.flush()
+        os.fsync(out.fileno())
+    return sums
+
+
+def check_folder(folder: Path, plan: list[Planned], sums: dict[str, int], progress: Progress) -> None:
+    """Read everything back; ValueError where shape, dtype or checksum is not what was meant."""
+    written = dict(read_safetensors(folder))
+    require(written.keys() == {item.name for item in plan}, f"{folder} does not hold the tensors that were written")
+    for item in plan:
+        found, checksum = written[item.name], 0
+        require((found.dtype, found.shape) == (item.dtype, item.shape), f"{item.name} was not written as it should be")
+        end = found.offset + item.nbytes
+        for at in range(found.offset, end, PIECE):
+            piece = memoryview(found.file[at : min(at + PIECE, end)].numpy())
+            checksum = zlib.crc32(piece, checksum)
+            progress.add(len(piece))
+        require(checksum == sums[item.name], f"{item.name} reads back differently than it was written: is the disk sound?")
+
+
+def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned], PersimmonConfig, bytes]:
+    """What is to be written: tensors in the model's order, its config, and the tokenizer."""
+    config, vocabulary = source.config, source.files["tokenizer.model"]
+    with torch.device("meta"):
+        model = getattr(persimmon, source.architecture)(config)
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name, stored in source.tensors.items():
+        require(name in own, f"the source has the tensor {name}, which no {source.architecture} of this config has")
+        require(stored.shape == own[name], f"the source has {name} in shape {stored.shape}: its config makes it {own[name]}")
+        require(stored.dtype in DTYPES, f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
+    pieces = sum(number == 1 for number, _, _ in fields_of(vocabulary))
+    require(0 < pieces <= config.vocab_size, f"the tokenizer has {pieces} pieces, and the model {config.vocab_size} rows")
+    missing = own.keys() - source.tensors.keys()
+    require(not missing, f"the source lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
+    rows = None
+    if args.drop_unused:
+        vocabulary = without_unused(vocabulary)
+        rows = [range(UNUSED.start), range(UNUSED.stop, config.vocab_size)]
+        pad = config.pad_token_id
+        require(pad not in UNUSED, f"--drop-unused would drop pad_token_id = {pad}")
+        pad = pad - len(UNUSED) if pad is not None and pad >= UNUSED.stop else pad
+        config = replace(config, vocab_size=config.vocab_size - len(UNUSED), pad_token_id=pad)
+    plan = []
+    for name, shape in own.items():
+        stored = source.tensors[name]
+        dtype = stored.dtype if args.dtype == "keep" else getattr(torch, args.dtype)
+        cut = rows if name in ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight") else None
+        plan.append(Planned(name, stored, dtype, (config.vocab_size, *shape[1:]) if cut else shape, cut))
+    return plan, replace(config, dtype=str(plan[0].dtype).removeprefix("torch.")), vocabulary
+
+
+def write_folder(folder: Path, source: Source, plan: list[Planned], config: PersimmonConfig, vocabulary: bytes,
+                 shard_size: int) -> tuple[float, float]:
+    """Write and read back everything; seconds for each."""
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    end = Tokenizer(folder / "tokenizer.model").end_of_text
+    config = replace(config, bos_token_id=end, eos_token_id=end)
+    piece = Tokenizer(folder / "tokenizer.model").processor.id_to_piece(end)
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": piece, "eos_token": None, "unk_token": "<unk>",
+                "model_max_length": config.max_position_embeddings, "tokenizer_class": "LlamaTokenizer"}
+    made = {
+        "config.json": {"architectures": [source.architecture], **config.to_dict()},
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": {"bos_token": piece, "unk_token": "<unk>"},
+    }
+    for name, content in made.items():
+        text = json.dumps(content, indent=2).encode() + b"\n"
+        keeps = name in source.files and name.startswith(("tokenizer", "special"))
+        (folder / name).write_bytes(source.files[name] if keeps else text)
+
+    shards: list[list[Planned]] = [[]]
+    for item in plan:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + item.nbytes > shard_size:
+            shards.append([])
+        shards[-1].append(item)
+    total = sum(item.nbytes for item in plan)
+    writing, sums, places = Progress("writing", total), {}, {}
+    for n, shard in enumerate(shards, start=1):
+        name = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        sums |= write_shard(folder / name, shard, writing)
+        places |= {item.name: name for item in shard}
+    write_seconds = writing.seconds()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    checking = Progress("checking", total)
+    check_folder(folder, plan, sums, checking)
+    return write_seconds, checking.seconds()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    unit = (match[2] or "").upper()
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** (" KMG".index(unit[0]) if unit else 0))
+
+
+def verify_md5(path: Path) -> str:
+    """Which release a tar is, by its MD5; ValueError for none."""
+    digest, progress = hashlib.md5(usedforsecurity=False), Progress("verifying", path.stat().st_size)
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            progress.add(len(piece))
+    require(digest.hexdigest() in MD5, f"{path} has the MD5 {digest.hexdigest()}, which is not one of Adept's releases: "
+            f"{', '.join(f'{value} ({key})' for key, value in MD5.items())}; download it again")
+    return MD5[digest.hexdigest()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; the exit code."""
+    output = Path(os.path.abspath(args.output))
+    scratch, replaced = (output.with_name(f"{output.name}.{what}") for what in ("unfinished", "replaced"))
+    if replaced.exists() and not output.exists() and not args.dry_run:
+        replaced.rename(output)  # a run was killed between the two renames at the end
+    source_path = Path(os.path.abspath(args.source))
+    require(output != source_path and output not in source_path.parents, f"OUTPUT {output} is or holds the source")
+    is_model = (output / "config.json").is_file() or (output.is_dir() and not any(output.iterdir()))
+    require(not output.exists() or args.force, f"{output} exists: give another name, or --force to replace it")
+    require(not output.exists() or is_model, f"{output} exists and is not a model's folder: --force does not replace it")
+    if args.verify:
+        require(args.source.is_file() and tarfile.is_tarfile(args.source), "--verify is for Adept's .tar files")
+        print(f"{args.source} is {verify_md5(args.source)} of Adept's release", file=sys.stderr)
+
+    source = read_source(args.source, args.tokenizer)
+    plan, config, vocabulary = plan_output(source, args)
+    total = sum(item.nbytes for item in plan)
+    room = next(p for p in output.parents if p.exists())
+    free = shutil.disk_usage(room).free
+    require(free > total * 1.01 + len(vocabulary), f"{room} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} GB are needed")
+    print(f"{source.kind}: {len(plan)} tensors, {sum(torch.Size(i.shape).numel() for i in plan):,} parameters, "
+          f"{total / 1e9:.2f} GB in {'/'.join(sorted({DTYPES[item.dtype] for item in plan}))}")
+    if args.dry_run:
+        print(f"nothing written: {output} would be")
+        return 0
+
+    for left_over in (scratch, replaced):
+        if left_over.exists():
+            shutil.rmtree(left_over)
+    scratch.mkdir(parents=True)
+    try:
+        written, checked = write_folder(scratch, source, plan, config, vocabulary, args.shard_size)
+        if output.exists():
+            output.rename(replaced)
+        scratch.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    print(f"written in {written:.1f} s ({total / 1e9 / max(written, 1e-9):.2f} GB/s), checked in {checked:.1f} s\n\n"
+          f"    python sample.py --model {args.output}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; errors become one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description="Convert Persimmon weights to safetensors.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message} (--help lists the options)\n")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="Adept's .tar, the folder unpacked from it, its model_optim_rng.pt; a "
+        "folder with pytorch_model*.bin; a folder with safetensors")
+    add("output", metavar="OUTPUT", type=Path, help="folder to make")
+    add("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep", help="(default: %(default)s)")
+    add("--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="of a file, at most (default: %(default)s)")
+    add("--tokenizer", metavar="FILE", type=Path, help="adept_vocab.model or tokenizer.model, where SOURCE has none")
+    add("--drop-unused", action="store_true", help="leave out the vocabulary's rows 3 to 70002, kept for images and never "
+        "used: 1.15 GB less in 16 bit, the same text")
+    add("--verify", action="store_true", help="compare the .tar with Adept's published MD5 first")
+    add("--dry-run", action="store_true", help="look at everything, write nothing")
+    add("--force", action="store_true", help="replace OUTPUT, if it is a model's folder")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"convert.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
