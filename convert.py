@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -61,20 +62,24 @@ RENAMED = {
 UNUSED = range(3, 70003)  # ids that stand for image patches and occur in no text
 
 
-class Stored(NamedTuple):
-    """A tensor in a file: which part of which mapped file, and how to look at it."""
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return dtype.itemsize * math.prod(shape)
 
-    file: Tensor  # (bytes of the file), uint8, mapped
+
+class Stored(NamedTuple):
+    """A tensor in a file: which bytes of a map of the file, and how to look at them."""
+
+    file: Tensor  # (bytes of the file), uint8
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
     def read(self) -> Tensor:
         """The tensor, still in the file."""
-        count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
-        flat = self.file[self.offset : self.offset + count * self.dtype.itemsize].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride)
+        data = self.file[self.offset : self.offset + nbytes(self.dtype, self.shape)]
+        is_aligned = self.offset % self.dtype.itemsize == 0
+        return (data if is_aligned else data.clone()).view(self.dtype).view(self.shape)
 
 
 class Source(NamedTuple):
@@ -110,9 +115,10 @@ class Inert:
 
 
 def read_pickle(path: Path, file: BinaryIO, start: int) -> Any:
-    """The objects of a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
+    """What is in a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
 
-    `file` is the same file, opened, from there on. Raises ValueError for one that torch does not read safely.
+    `file` is the opened file from there on. Raises ValueError where torch can't read it safely. Under fake tensors,
+    torch.load makes shapes without numbers, and notes where in the file each storage begins.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -135,11 +141,11 @@ def read_pickle(path: Path, file: BinaryIO, start: int) -> Any:
             return {key: stored(inner, f"{name}.{key}") for key, inner in value.items()}
         if not isinstance(value, Tensor):
             return value
+        require(value.is_contiguous(), f"{here} has the tensor {name} with its numbers in another order")
         offset = start + value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
-        found = Stored(mapped, offset, value.dtype, tuple(value.shape), value.stride())
-        size = found.dtype.itemsize * (1 + sum((n - 1) * step for n, step in zip(found.shape, found.stride)))
-        require(offset + size <= len(mapped), f"{here} is cut off: the tensor {name} reaches past its end")
-        return found
+        end = offset + nbytes(value.dtype, value.shape)
+        require(end <= len(mapped), f"{here} is cut off: the tensor {name} reaches past its end")
+        return Stored(mapped, offset, value.dtype, tuple(value.shape))
 
     return stored(loaded, "")
 
@@ -182,16 +188,16 @@ def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
     for name, only in (("tensor_model_parallel_size", (1,)), ("pipeline_model_parallel_size", (1,)),
                        ("sq_relu", (True,)), ("untie_embeddings", (True,)), ("pos_emb", ("rotary",)),
                        ("kv_channels", (None, arg("hidden_size") // arg("num_attention_heads"))),
-                       ("qk_layernorm", ("none", "weights_per_layer", False, True))):
+                       ("qk_layernorm", ("none", "weights_per_layer"))):
         require(arg(name, only[0]) in only, f"{where} has args.{name} = {arg(name, None)!r}, which is not supported: "
-                f"{' or '.join(repr(value) for value in only if not isinstance(value, bool) or len(only) == 1)} is")
+                f"{' or '.join(map(repr, only))} is")
     config = PersimmonConfig(
         vocab_size=arg("padded_vocab_size"), hidden_size=arg("hidden_size"), intermediate_size=arg("ffn_hidden_size"),
         num_hidden_layers=arg("num_layers"), num_attention_heads=arg("num_attention_heads"),
         max_position_embeddings=arg("max_position_embeddings"), hidden_dropout=arg("hidden_dropout", 0.0),
         attention_dropout=arg("attention_dropout", 0.0), layer_norm_eps=arg("layernorm_epsilon"),
         initializer_range=arg("init_method_std", 0.02), rope_theta=float(arg("rotary_emb_base")),
-        partial_rotary_factor=arg("rotary_pct"), qk_layernorm=arg("qk_layernorm") not in ("none", False),
+        partial_rotary_factor=arg("rotary_pct"), qk_layernorm=arg("qk_layernorm") != "none",
     )
     return Source("Adept's release", tensors, config, "PersimmonForCausalLM", {"tokenizer.model": tokenizer})
 
@@ -199,9 +205,10 @@ def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
 def release_checkpoint(names: Sequence[str], latest: str, where: str) -> str:
     """Which of the names is the checkpoint of the iteration that latest_checkpointed_iteration.txt gives."""
     require(latest.strip().isdigit(), f"{where}: latest_checkpointed_iteration.txt holds {latest[:40]!r} and no number")
-    parts = [name for name in names if re.search(rf"(^|/)iter_0*{int(latest)}/mp_rank_[^/]+/model_optim_rng\.pt$", name)]
+    pattern = rf"(^|/)iter_0*{int(latest)}/mp_rank_[^/]+/model_optim_rng\.pt$"
+    parts = [name for name in names if re.search(pattern, name)]
     require(bool(parts), f"{where} has no iter_{int(latest):07}/mp_rank_00/model_optim_rng.pt")
-    require(len(parts) == 1, f"{where} is in {len(parts)} parts (mp_rank_*), of which Adept released one: not supported")
+    require(len(parts) == 1, f"{where} is in {len(parts)} parts (mp_rank_*), which is not supported: Adept's is in one")
     return parts[0]
 
 
@@ -271,15 +278,15 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
     """Name and place of each tensor in a folder of safetensors."""
     by_name = {name: dtype for dtype, name in DTYPES.items()}
     for path in sorted(set(tensor_files(folder).values())):
-        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        with persimmon._open(path):  # is it whole?
+            mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         length = int.from_bytes(mapped[:8].numpy().tobytes(), "little")
         for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
             if name == "__metadata__" or is_ignored(name):
                 continue
             require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}")
-            shape, dtype = tuple(entry["shape"]), by_name[entry["dtype"]]
-            stride = torch.empty(shape, device="meta").stride()
-            yield name, Stored(mapped, 8 + length + entry["data_offsets"][0], dtype, shape, stride)
+            at = 8 + length + entry["data_offsets"][0]
+            yield name, Stored(mapped, at, by_name[entry["dtype"]], tuple(entry["shape"]))
 
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
@@ -324,7 +331,8 @@ def without_unused(model: bytes) -> bytes:
     texts = []
     for piece in pieces[UNUSED.start : UNUSED.stop]:
         content = {number: (whole, inner) for number, whole, inner in fields_of(piece)}
-        kind = content[3][0][-1] if 3 in content else 1  # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
+        # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
+        kind = content[3][0][-1] if 3 in content else 1
         text = content[1][1].decode("utf-8")
         require(kind in (3, 4, 5), f"--drop-unused: the piece {text!r} is one of ordinary text, and no placeholder")
         texts.append(text)
@@ -369,18 +377,14 @@ class Progress:
 def pieces_of(name: str, stored: Stored, dtype: torch.dtype, rows: Sequence[range] | None) -> Iterator[memoryview]:
     """The bytes of a tensor in another dtype, some rows at a time; ValueError for a number that is not finite."""
     tensor = stored.read()
-    whole = [range(len(tensor))] if tensor.dim() else [range(1)]
-    tensor = tensor if tensor.dim() else tensor[None]
-    step = max(1, PIECE // max(1, tensor[0].numel() * 4))
-    for block in rows or whole:
+    step = max(1, PIECE // (4 * tensor[0].numel()))
+    for block in rows or [range(len(tensor))]:
         for at in range(block.start, block.stop, step):
             piece = tensor[at : min(at + step, block.stop)]
-            low, high = piece.aminmax() if piece.numel() else (torch.zeros(()),) * 2
-            require(bool(low.isfinite() and high.isfinite()), f"{name} has NaN or infinite numbers in the source")
-            cast = piece.to(dtype).contiguous()
-            if cast.dtype != piece.dtype:
-                low, high = cast.aminmax()
-                require(bool(low.isfinite() and high.isfinite()), f"{name} overflows in {dtype}: use bfloat16 or float32")
+            cast = piece.to(dtype)
+            for numbers, complaint in ((piece, "has NaN or infinite numbers"), (cast, f"overflows in {dtype}")):
+                low, high = numbers.aminmax()  # either is NaN if any number is
+                require(bool(low.isfinite() and high.isfinite()), f"{name} {complaint}")
             yield memoryview(cast.view(torch.uint8).numpy()).cast("B")
 
 
@@ -396,7 +400,7 @@ class Planned(NamedTuple):
     @property
     def nbytes(self) -> int:
         """In the output."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return nbytes(self.dtype, self.shape)
 
 
 def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str, int]:
@@ -439,7 +443,7 @@ def check_folder(folder: Path, plan: list[Planned], sums: dict[str, int], progre
             piece = memoryview(found.file[at : min(at + PIECE, end)].numpy())
             checksum = zlib.crc32(piece, checksum)
             progress.add(len(piece))
-        require(checksum == sums[item.name], f"{item.name} reads back differently than it was written: is the disk sound?")
+        require(checksum == sums[item.name], f"{item.name} reads back differently than written: is the disk sound?")
 
 
 def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned], PersimmonConfig, bytes]:
@@ -450,10 +454,12 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
     own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name, stored in source.tensors.items():
         require(name in own, f"the source has the tensor {name}, which no {source.architecture} of this config has")
-        require(stored.shape == own[name], f"the source has {name} in shape {stored.shape}: its config makes it {own[name]}")
+        shape = own[name]
+        require(stored.shape == shape, f"the source has {name} in shape {stored.shape}: its config makes it {shape}")
         require(stored.dtype in DTYPES, f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
     pieces = sum(number == 1 for number, _, _ in fields_of(vocabulary))
-    require(0 < pieces <= config.vocab_size, f"the tokenizer has {pieces} pieces, and the model {config.vocab_size} rows")
+    V = config.vocab_size
+    require(0 < pieces <= V, f"the tokenizer has {pieces} pieces, and the model {V} rows for them")
     missing = own.keys() - source.tensors.keys()
     require(not missing, f"the source lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
     rows = None
@@ -480,8 +486,9 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
     end = Tokenizer(folder / "tokenizer.model").end_of_text
     config = replace(config, bos_token_id=end, eos_token_id=end)
     piece = Tokenizer(folder / "tokenizer.model").processor.id_to_piece(end)
-    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": piece, "eos_token": None, "unk_token": "<unk>",
-                "model_max_length": config.max_position_embeddings, "tokenizer_class": "LlamaTokenizer"}
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": piece, "eos_token": None,
+                "unk_token": "<unk>", "model_max_length": config.max_position_embeddings,
+                "tokenizer_class": "LlamaTokenizer"}
     made = {
         "config.json": {"architectures": [source.architecture], **config.to_dict()},
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
@@ -529,8 +536,8 @@ def verify_md5(path: Path) -> str:
         while piece := file.read(PIECE):
             digest.update(piece)
             progress.add(len(piece))
-    require(digest.hexdigest() in MD5, f"{path} has the MD5 {digest.hexdigest()}, which is not one of Adept's releases: "
-            f"{', '.join(f'{value} ({key})' for key, value in MD5.items())}; download it again")
+    require(digest.hexdigest() in MD5, f"{path} has the MD5 {digest.hexdigest()}, which is not one of Adept's releases "
+            f"({' or '.join(MD5)}): download it again")
     return MD5[digest.hexdigest()]
 
 
@@ -544,7 +551,7 @@ def run(args: argparse.Namespace) -> int:
     require(output != source_path and output not in source_path.parents, f"OUTPUT {output} is or holds the source")
     is_model = (output / "config.json").is_file() or (output.is_dir() and not any(output.iterdir()))
     require(not output.exists() or args.force, f"{output} exists: give another name, or --force to replace it")
-    require(not output.exists() or is_model, f"{output} exists and is not a model's folder: --force does not replace it")
+    require(not output.exists() or is_model, f"{output} is not a model's folder: --force does not replace it")
     if args.verify:
         require(args.source.is_file() and tarfile.is_tarfile(args.source), "--verify is for Adept's .tar files")
         print(f"{args.source} is {verify_md5(args.source)} of Adept's release", file=sys.stderr)
@@ -554,11 +561,12 @@ def run(args: argparse.Namespace) -> int:
     total = sum(item.nbytes for item in plan)
     room = next(p for p in output.parents if p.exists())
     free = shutil.disk_usage(room).free
-    require(free > total * 1.01 + len(vocabulary), f"{room} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} GB are needed")
-    print(f"{source.kind}: {len(plan)} tensors, {sum(torch.Size(i.shape).numel() for i in plan):,} parameters, "
-          f"{total / 1e9:.2f} GB in {'/'.join(sorted({DTYPES[item.dtype] for item in plan}))}")
+    needed = total * 1.01 + len(vocabulary)
+    require(free > needed, f"{room} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
+    print(f"source      {source.kind}, {len(source.tensors)} tensors\n"
+          f"output      {sum(math.prod(item.shape) for item in plan):,} parameters, {total / 1e9:.2f} GB in "
+          f"{'/'.join(sorted({DTYPES[item.dtype] for item in plan}))}, {config.vocab_size} tokens", flush=True)
     if args.dry_run:
-        print(f"nothing written: {output} would be")
         return 0
 
     for left_over in (scratch, replaced):
@@ -573,8 +581,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    print(f"written in {written:.1f} s ({total / 1e9 / max(written, 1e-9):.2f} GB/s), checked in {checked:.1f} s\n\n"
-          f"    python sample.py --model {args.output}")
+    print(f"written     {written:.1f} s, {total / 1e9 / max(written, 1e-9):.2f} GB/s\n"
+          f"read back   {checked:.1f} s\n\n    python sample.py --model {args.output}")
     return 0
 
 
@@ -583,14 +591,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert Persimmon weights to safetensors.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"convert.py: error: {message} (--help lists the options)\n")
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="Adept's .tar, the folder unpacked from it, its model_optim_rng.pt; a "
-        "folder with pytorch_model*.bin; a folder with safetensors")
+    add("source", metavar="SOURCE", type=Path, help="Adept's .tar, the folder unpacked from it, or its "
+        "model_optim_rng.pt; a folder with pytorch_model*.bin; a folder with safetensors")
     add("output", metavar="OUTPUT", type=Path, help="folder to make")
     add("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep", help="(default: %(default)s)")
-    add("--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="of a file, at most (default: %(default)s)")
+    add("--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="of a file (default: %(default)s)")
     add("--tokenizer", metavar="FILE", type=Path, help="adept_vocab.model or tokenizer.model, where SOURCE has none")
-    add("--drop-unused", action="store_true", help="leave out the vocabulary's rows 3 to 70002, kept for images and never "
-        "used: 1.15 GB less in 16 bit, the same text")
+    add("--drop-unused", action="store_true", help="leave out the vocabulary's rows 3 to 70002, which are kept for "
+        "images and never used: 1.15 GB less in 16 bit, the same text")
     add("--verify", action="store_true", help="compare the .tar with Adept's published MD5 first")
     add("--dry-run", action="store_true", help="look at everything, write nothing")
     add("--force", action="store_true", help="replace OUTPUT, if it is a model's folder")

@@ -1,8 +1,7 @@
 """Persimmon-8B, Adept's decoder-only language model of 2023, in one file: architecture, KV cache, loading, sampling.
 
-Copy this file into another project and it works there: importing it needs torch alone (safetensors is imported where
-weights are read or written, sentencepiece where text is split into tokens). Weights keep the names that transformers
-gives them, and the logits are transformers' too, to rounding.
+Copy this file into another project and it works there: importing it needs torch alone. Weights have the names that
+transformers gives them, and the logits match transformers' up to rounding.
 
     model = PersimmonForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder)
@@ -16,28 +15,23 @@ Shapes. One letter is one axis, here and in every comment below:
     S  positions cached before, + T    R  part of D that RoPE rotates        L  layers
     N  positions a cache has room for                                        V  vocabulary
 
-What is odd about Persimmon, and what goes wrong for those who miss it:
+What is odd about Persimmon, and easy to miss (below, "the original" is persimmon-ai-labs/adept-inference on GitHub):
 
  1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D]. Every shape still
     fits when they are read the other way, and the text is noise.
  2. Queries and keys pass a LayerNorm over D, with weight and bias, before RoPE; the heads of a layer share it.
  3. RoPE turns only the first R = D/2 of a head, pairing dimension i with i + R/2 (not 2i with 2i + 1), theta 25000.
-    Turning all of D gives text that is fluent for a few words and then drifts.
  4. The activation is relu(x)**2. It outgrows float16 in training: fine-tune in bfloat16.
  5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding, transposed or otherwise.
- 6. `|ENDOFTEXT|`, id 71013, both begins and ends a text. A prompt without it in front is continued less well.
- 7. Ids 3 to 70002 stand for image patches that never came: their logits exist, and stay near -17.
+ 6. `|ENDOFTEXT|`, id 71013, both begins and ends a text; the hub's tokenizer_config.json puts it before a prompt.
+ 7. Ids 3 to 70002 are reserved for images and unused: their logits exist, and stay near -17.
 
-Left out: quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, and
-sequences packed into one row. A config that asks for such a thing is refused, not half followed.
-
-The sections: 1 configuration, 2 rotary positions, 3 cache, 4 attention, MLP and block, 5 models, 6 loading and saving,
-7 tokens and text, 8 sampling and generation.
+Left out: quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, sequences packed into one row. A
+config that asks for such a thing is refused, not half followed.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import re
@@ -52,6 +46,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration -------------------------------------------------------------------------------------------------
 
@@ -68,7 +63,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {file}: the model's folder has to hold {file.name}") from None
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, brackets without end
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     _require(isinstance(value, dict), f"{file} has to hold a JSON object, not a {type(value).__name__}")
     return value
@@ -76,10 +71,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """float16, bfloat16 or float32, by name or as it is; ValueError for any other."""
-    choices = {str(choice).removeprefix("torch."): choice for choice in (torch.bfloat16, torch.float16, torch.float32)}
-    found = choices.get(str(dtype).removeprefix("torch."))
-    _require(found is not None, f"dtype {dtype} is not supported: use one of {', '.join(choices)}")
-    return found
+    name, choices = str(dtype).removeprefix("torch."), ("bfloat16", "float16", "float32")
+    _require(name in choices, f"dtype {name} is not supported: use one of {', '.join(choices)}")
+    return getattr(torch, name)
 
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -89,7 +83,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 class PersimmonConfig:
     """The numbers of one checkpoint, named as in its config.json; the defaults are the 8B's.
 
-    Raises ValueError for a value that no model can be built from.
+    Raises ValueError for values that no model can be built from.
     """
 
     vocab_size: int = 262144  # V
@@ -124,13 +118,13 @@ class PersimmonConfig:
             _require(is_right, f"{key} = {value!r} is not of type {kind}")
             if field.name.endswith("_dropout"):
                 _require(0 <= value <= 1, f"{key} = {value} is not a probability from 0 to 1")
-            elif field.type in ("int", "float"):
-                _require(value > 0, f"{key} = {value} is not above zero")
+            elif kind in ("int", "float") and not field.name.endswith("token_id"):
+                _require(0 < value < 2**31, f"{key} = {value} is not a number from 0 to 2**31")
         _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is no "
                  f"multiple of num_attention_heads = {self.num_attention_heads}")
-        _require(0 < self.rotary_size <= self.head_size and self.rotary_size % 2 == 0,
-                 f"config key partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_size} of the "
-                 f"{self.head_size} dimensions of a head: it has to be an even number of them, at least 2")
+        _require(0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+                 f"config key partial_rotary_factor = {self.partial_rotary_factor} rotates {self.rotary_dim} of the "
+                 f"{self.head_dim} dimensions of a head: it has to be an even number of them, at least 2")
         _require(self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
                  f"config key pad_token_id = {self.pad_token_id} is not in the vocabulary of {self.vocab_size}")
         _require(self.id2label is None or len(self.id2label) == self.num_labels,
@@ -141,41 +135,41 @@ class PersimmonConfig:
             _as_dtype(self.dtype)
 
     @property
-    def head_size(self) -> int:
+    def head_dim(self) -> int:
         """D"""
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def rotary_size(self) -> int:
+    def rotary_dim(self) -> int:
         """R"""
-        return int(self.head_size * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PersimmonConfig:
         """Read `folder`/config.json, in the hub's form of 2023 or as transformers 5 writes it.
 
-        Raises FileNotFoundError without such a file, ValueError where it is no JSON object or asks for something else
-        than Persimmon. Keys that leave the result as it is (architectures, use_cache, ...) are passed by.
+        Raises FileNotFoundError without such a file, and ValueError where it is no JSON object or asks for anything
+        other than Persimmon. Keys that do not affect the result (architectures, use_cache, ...) are ignored.
         """
         raw = _read_json(Path(folder) / "config.json")
         rope = {}  # in 2023 rope_theta at top level and "rope_scaling": null, now all of it under rope_parameters
         for key in ("rope_scaling", "rope_parameters"):
             _require(isinstance(raw.get(key) or {}, dict), f"config key {key} = {raw.get(key)!r} is not an object")
             rope |= raw.get(key) or {}
-        asked = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
-        if isinstance(asked["dtype"], str):
-            asked["dtype"] = asked["dtype"].removeprefix("torch.")
-        if isinstance(asked.get("id2label"), dict):
-            asked["num_labels"] = len(asked["id2label"])
+        values = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
+        if isinstance(values["dtype"], str):
+            values["dtype"] = values["dtype"].removeprefix("torch.")
+        if isinstance(values.get("id2label"), dict):
+            values["num_labels"] = len(values["id2label"])
         # A key that is absent or null has its default, save for those where null says that there is none.
-        config = cls(**{f.name: asked[f.name] for f in fields(cls)
-                        if asked.get(f.name) is not None or (f.name in asked and f.type.endswith("None"))})
-        only = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, "rope_type": "default",
-                "type": "default", "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_size,
-                "quantization_config": None}
-        for key, value in asked.items():
-            _require(key not in only or value in (None, only[key]),
-                     f"config key {key} = {value!r} is not supported: a Persimmon checkpoint has {only.get(key)!r}")
+        config = cls(**{f.name: values[f.name] for f in fields(cls)
+                        if values.get(f.name) is not None or (f.name in values and f.type.endswith("None"))})
+        required = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
+                    "rope_type": "default", "type": "default", "quantization_config": None,
+                    "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
+        for key, value in values.items():
+            _require(key not in required or value in (None, required[key]),
+                     f"config key {key} = {value!r} is not supported: a Persimmon checkpoint has {required.get(key)!r}")
         extra = rope.keys() - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
         _require(not extra, f"config key {min(extra, default='')} of RoPE is not supported: Persimmon's is plain")
         return config
@@ -199,10 +193,10 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig, dtype: torch.dtyp
     At position p, pair i turns by p * theta**(-2i/R), i = 0 ... R/2 - 1. The angle reaches 16383 radians and needs
     float32; only the table is rounded, as in transformers. (Adept's own inference has the angles in half precision.)
     """
-    R = config.rotary_size
+    R = config.rotary_dim
     pair = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
-    frequency = 1.0 / config.rope_theta ** (pair / R)  # (R/2)
-    angle = position_ids[..., None, None].float() * frequency  # (B, T, 1, R/2)
+    inv_freq = 1.0 / config.rope_theta ** (pair / R)  # (R/2)
+    angle = position_ids[..., None, None].float() * inv_freq  # (B, T, 1, R/2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -223,16 +217,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the positions seen so far, so that each forward pass computes only the new ones.
 
-    Room for N positions is taken at once, 2*L*B*N*C numbers (0.56 MiB a position for the 8B in 16 bit), and never
-    grows. The cache alone knows how far the text has come: `length` for Python, `position`, the same number in the
-    memory of the device, for whatever is to run there without waiting for Python. The model moves both, once a
-    forward pass. For inference only: it is written in place, which autograd does not allow for.
+    Room for N positions is allocated at once, 2*L*B*N*C numbers (576 KiB a position for the 8B in 16 bit), and never
+    grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number as a tensor
+    on the device, for what must not wait for Python. The model advances both, once a forward pass. For inference only:
+    it is written in place, which autograd does not allow.
     """
 
     def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
                  dtype: torch.dtype, device: torch.device | str) -> None:
         L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
-        N, D = max_length, config.head_size
+        N, D = max_length, config.head_dim
         self.keys = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
         self.values = torch.empty_like(self.keys)  # (L, B, H, N, D)
         self.length = 0
@@ -251,10 +245,10 @@ class KVCache:
         self.values[layer, :, :, self.length : S] = v
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
 
-    def advance(self, T: int) -> None:
-        """Count T positions as seen, once every layer has stored them; less than 0 forgets the last ones again."""
-        self.length += T
-        self.position += T
+    def seek(self, length: int) -> None:
+        """Count this many positions as seen: forward when every layer has stored them, or back, to forget the rest."""
+        self.length = length
+        self.position.fill_(length)
 
 
 # --- 4. Attention, MLP, block -----------------------------------------------------------------------------------------
@@ -269,7 +263,7 @@ def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.dev
         1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is wrong here, since
                    it starts its triangle at the top left corner, where the triangle has to end at the bottom right.
     Padding, zeros in attention_mask (B, S), hides columns in each of them. A padded position may still look at itself:
-    a row that sees nothing would be 0/0 in the softmax, and NaN would spread from there.
+    a row that sees nothing would be 0/0 in the softmax, and the NaN would spread.
     """
     if attention_mask is None and T in (1, S):
         return None
@@ -282,23 +276,23 @@ def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.dev
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)); megatron/model/transformer.py."""
+    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)); the original's transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.attention_dropout
-        self.num_heads, self.head_size = config.num_attention_heads, config.head_size
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         has_norm, eps = config.qk_layernorm, config.layer_norm_eps
-        self.q_layernorm = nn.LayerNorm(config.head_size, eps) if has_norm else nn.Identity()
-        self.k_layernorm = nn.LayerNorm(config.head_size, eps) if has_norm else nn.Identity()
+        self.q_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
+        self.k_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        qkv = qkv.view(B, T, self.num_heads, 3, self.head_size)  # (B, T, H, 3, D)
+        qkv = qkv.view(B, T, self.num_heads, 3, self.head_dim)  # (B, T, H, 3, D)
         q, k, v = qkv.unbind(3)  # (B, T, H, D)
         q = apply_rope(self.q_layernorm(q), *rope)  # (B, T, H, D)
         k = apply_rope(self.k_layernorm(k), *rope)  # (B, T, H, D)
@@ -313,7 +307,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W2 relu(W1 x + b1)**2 + b2; megatron/model/fused_bias_sqrelu.py.
+    """W2 relu(W1 x + b1)**2 + b2; the original's fused_bias_sqrelu.py.
 
     relu makes zeros that are exact, and in the trained model most of the F activations of a token are zero.
     """
@@ -381,16 +375,14 @@ class PersimmonPreTrainedModel(nn.Module):
                 module.weight.data[module.padding_idx] = 0
 
     def gradient_checkpointing_enable(self) -> None:
-        """From now on keep only each block's input for the backward pass and compute the rest again: less memory, a
-        third more time (Chen et al., arXiv 1604.06174). Changes no result."""
-        from torch.utils.checkpoint import checkpoint
-
+        """Keep only each block's input for the backward pass and recompute the rest: less memory, about a third more
+        time, the same result (Chen et al., arXiv 1604.06174)."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(checkpoint, partial(Block.forward, block), use_reentrant=False)
 
-    def for_loss(self, logits: Tensor) -> Tensor:
-        """The logits in float32, which a loss is taken of. ValueError where the model is being trained in float16."""
+    def logits_for_loss(self, logits: Tensor) -> Tensor:
+        """The logits in float32. Raises ValueError when the model is being trained in float16."""
         _require(not (self.training and logits.dtype == torch.float16), "training in float16 turns Persimmon's weights "
                  "into NaN: use bfloat16, as Adept did")
         return logits.float()
@@ -398,24 +390,24 @@ class PersimmonPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
                         device: str | torch.device | None = None,
-                        progress: Callable[[float], None] | None = None, **changes: Any):
+                        progress: Callable[[float], None] | None = None, **changes: Any) -> PersimmonPreTrainedModel:
         """The model in `folder`, which holds config.json and safetensors, in eval mode.
 
-        On the CPU, in the dtype of the file, weights stay in the file and the system reads them when they are used;
-        training changes memory, never the file. dtype "auto" is config.json's, or else the file's; device None the CPU.
-        progress is called with the fraction that is loaded; changes replace values of config.json, as in num_labels=3.
-        A classifier that is loaded from a language model gets a new head, with a warning.
+        On the CPU, in the file's own dtype, weights are memory-mapped: pages are read on first use, and training never
+        changes the file. dtype "auto" is config.json's, else the file's; device None is the CPU. progress is called
+        with the fraction that is loaded. changes replace values of config.json, as in num_labels=3. A classifier that
+        is loaded from a language model's folder gets a new head, with a warning.
 
         Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
-        damaged, or whose tensors are not exactly the model's (save for the exceptions that `load` lists).
+        damaged, or whose tensors are not exactly the model's (but for the exceptions that `load` lists).
         """
         return load(cls, Path(folder), dtype, device, progress, changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which from_pretrained and transformers read: both whole, or none.
+        """Write config.json and model.safetensors, which from_pretrained and transformers read.
 
-        A new folder appears under its name when it is complete; in a folder that is there, whole files replace those
-        of the same name, and the others stay.
+        A new folder appears only once it is complete; in an existing one, each file of the same name is replaced by the
+        whole new one, and the others are kept.
         """
         save(self, Path(folder))
 
@@ -460,7 +452,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         for block in self.layers:
             x = block(x, rope, mask, cache)  # (B, T, C)
         if cache is not None:
-            cache.advance(T)
+            cache.seek(S)
         return ModelOutput(self.final_layernorm(x))
 
 
@@ -478,7 +470,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
                 labels: Tensor | None = None, logits_to_keep: int = 0) -> HeadOutput:
         """Logits (B, T, V), or with logits_to_keep = n those of the last n positions, (B, n, V); 0 means all.
 
-        labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are held
+        labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are scored
         against the label at t + 1, in float32. The other arguments and errors are those of PersimmonModel.forward.
         """
         x = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds).last_hidden_state  # (B, T, C)
@@ -486,8 +478,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         logits = self.lm_head(x[:, -logits_to_keep:])  # -0 is 0: all of them
         loss = None
         if labels is not None:
-            before, after = self.for_loss(logits)[:, :-1], labels[:, 1:]
-            loss = nn.functional.cross_entropy(before.flatten(0, 1), after.flatten())
+            shifted = self.logits_for_loss(logits)[:, :-1].flatten(0, 1)
+            loss = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten())
         return HeadOutput(loss, logits)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int | None = None,
@@ -516,8 +508,9 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     multi_label_classification   mean binary cross-entropy, labels (B, K) from 0.0 to 1.0. The default otherwise
     """
     if problem_type is None:
-        is_integer = labels.dtype in (torch.long, torch.int)
-        problem_type = PROBLEM_TYPES[0 if logits.shape[1] == 1 else 1 if is_integer else 2]
+        is_single = labels.dtype in (torch.long, torch.int)
+        problem_type = "single_label_classification" if is_single else "multi_label_classification"
+        problem_type = "regression" if logits.shape[1] == 1 else problem_type
     if problem_type == "regression":
         return nn.functional.mse_loss(logits.flatten(), labels.flatten().float())
     if problem_type == "single_label_classification":
@@ -526,7 +519,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 
 
 class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
-    """One verdict a text: a Linear without bias on the hidden state of its last token."""
+    """A label for each text: a Linear without bias on the hidden state of its last token."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
@@ -550,12 +543,12 @@ class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
         logits = self.score(x.take_along_dim(last[..., None], dim=1)[:, 0])
         loss = None
         if labels is not None:
-            loss = classification_loss(self.for_loss(logits), labels, self.config.problem_type)
+            loss = classification_loss(self.logits_for_loss(logits), labels, self.config.problem_type)
         return HeadOutput(loss, logits)
 
 
 class PersimmonForTokenClassification(PersimmonPreTrainedModel):
-    """One verdict a token: dropout in training, then a Linear with bias on each hidden state."""
+    """A label for each token: dropout in training, then a Linear with bias on each hidden state."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
@@ -573,7 +566,7 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
         logits = self.score(self.dropout(x))
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(self.for_loss(logits).flatten(0, 1), labels.flatten())
+            loss = nn.functional.cross_entropy(self.logits_for_loss(logits).flatten(0, 1), labels.flatten())
         return HeadOutput(loss, logits)
 
 
@@ -596,11 +589,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if single.is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
-    if not index.is_file() and any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} has its weights in .bin files only, which are pickles: convert them with "
-                                f"`python convert.py {folder} {folder}-safetensors`")
     if not index.is_file():
-        raise FileNotFoundError(f"{folder} holds no weights: there is no {single.name} and no {index.name}")
+        hint = f"only pickles (.bin): convert them with `python convert.py {folder} {folder}-safetensors`"
+        hint = hint if any(folder.glob("*.bin")) else f"no {single.name} and no {index.name}"
+        raise FileNotFoundError(f"{folder} holds no weights in safetensors, {hint}")
     shards = _read_json(index).get("weight_map")
     _require(isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values()),
              f"{index} has no weight_map from tensor names to files")
@@ -612,7 +604,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype, device: str | torch.device | None,
          progress: Callable[[float], None] | None, changes: dict[str, Any]) -> PersimmonPreTrainedModel:
-    """What PersimmonPreTrainedModel.from_pretrained does, and describes."""
+    """PersimmonPreTrainedModel.from_pretrained, described there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
     config = replace(PersimmonConfig.from_pretrained(folder), **changes)
@@ -621,39 +613,37 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
 
     # The files have to hold exactly the model's tensors, with these exceptions: names that may be left over there, the
     # `model.` in front of names, which PersimmonModel does without, and a classifier's head, which they may lack.
-    ignored = {"rotary_emb.inv_freq": "computed here; some older versions store it"}
-    own = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
     files = tensor_files(folder)
+    own = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
     head = {name for name in own if name.startswith("score.") and not any(n.startswith("score.") for n in files)}
+    ignored = ["rotary_emb.inv_freq"]  # computed here; some older versions store it
     if head or cls is PersimmonModel:
-        ignored["lm_head.weight"] = "this model has no language head"
+        ignored.append("lm_head.weight")
     if head:
         warnings.warn(f"{folder} has no classifier: {', '.join(sorted(head))} is new, random, and to be trained; "
                       "lm_head.weight is not used", stacklevel=3)
-    stored = {n.removeprefix("model."): (n, file) for n, file in files.items() if not n.endswith(tuple(ignored))}
+    names = [name for name in files if not name.endswith(tuple(ignored))]
+    stored = {name.removeprefix("model."): name for name in names}
+    _require(len(stored) == len(names), f"{folder} has tensors twice, with and without `model.` in front")
     missing, extra = own.keys() - stored.keys() - head, stored.keys() - own.keys()
     _require(not missing, f"{folder} lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
     _require(not extra, f"{folder} has the tensor {min(extra, default='')}, which is not in a {cls.__name__} of this "
              f"config.json ({len(extra)} unexpected in all)")
 
     target = _as_dtype(dtype) if dtype != "auto" else _as_dtype(config.dtype) if config.dtype else None
+    opened = {file: _open(file) for file in set(files.values())}
     state = {}
-    for path in sorted({file for _, file in stored.values()}):
-        with _open(path) as opened:
-            for bare_name, (name, file) in stored.items():
-                if file != path:
-                    continue
-                own_name, shape = own[bare_name]
-                _require(name in opened.keys(), f"{path} lacks the tensor {name}, which the index places there")
-                found = tuple(opened.get_slice(name).get_shape())
-                _require(found == shape, f"{path} has the tensor {name} in shape {found}: config.json makes it {shape}")
-                tensor = opened.get_tensor(name)
-                _require(tensor.is_floating_point(), f"{path} has the tensor {name} as {tensor.dtype}, which is not a "
-                         "dtype of weights")
-                target = target or tensor.dtype
-                state[own_name] = tensor.to(device or "cpu", target)
-                if progress is not None:
-                    progress(len(state) / len(stored))
+    for bare_name, name in stored.items():
+        (own_name, shape), file = own[bare_name], files[name]
+        _require(name in opened[file].keys(), f"{file} lacks the tensor {name}, which the index places there")
+        tensor = opened[file].get_tensor(name)  # mapped: nothing is read yet
+        found = tuple(tensor.shape)
+        _require(found == shape, f"{file} has the tensor {name} in shape {found}: config.json makes it {shape}")
+        _require(tensor.is_floating_point(), f"{file} has the tensor {name} as {tensor.dtype}: weights are floats")
+        target = target or tensor.dtype
+        state[own_name] = tensor.to(device or "cpu", target)
+        if progress is not None:
+            progress(len(state) / len(stored))
     for name in head:
         state[name] = torch.zeros(own[name][1], dtype=target, device=device)
         if name.endswith("weight"):
@@ -663,7 +653,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
 
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
-    """What PersimmonPreTrainedModel.save_pretrained does, and describes."""
+    """PersimmonPreTrainedModel.save_pretrained, described there."""
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -710,7 +700,9 @@ class Tokenizer:
             self.end_of_text = self.processor.eos_id()
         _require(self.end_of_text >= 0, f"{file} has no piece |ENDOFTEXT| and no other end of text")
         config = file.with_name("tokenizer_config.json")
-        self.add_bos = (_read_json(config) if config.is_file() else {}).get("add_bos_token") is not False
+        settings = _read_json(config) if config.is_file() else {}
+        _require(not settings.get("add_eos_token"), f"{config} asks for add_eos_token, which is not supported")
+        self.add_bos = settings.get("add_bos_token") is not False
 
     def __len__(self) -> int:
         """Number of pieces."""
@@ -732,10 +724,10 @@ class Tokenizer:
         """input_ids and attention_mask, both (B, T), of one text or several, the shorter ones padded on the left."""
         _require(return_tensors == "pt", f"return_tensors = {return_tensors!r} is not supported: use 'pt'")
         rows = [self.encode(t) for t in ([text] if isinstance(text, str) else text)]
-        T = max(map(len, rows))
+        T = max(map(len, rows), default=0)
         ids = [[self.end_of_text] * (T - len(row)) + row for row in rows]
         mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        return {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
 
 
 class StreamDecoder:
@@ -748,46 +740,29 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.context: list[int] = []  # in front of what is decoded next: all so far, until that gives a first text
-        self.context_length = 0  # characters of the context
-        self.pending: list[int] = []  # the bytes of a character that is not complete
+        self.context: list[int] = []  # decoded in front of what is new; its text has been returned already
+        self.pending: list[int] = []  # not returned yet: perhaps the first bytes of a character
         for i in prompt_ids:
             self.push(i)
 
     def push(self, token: int) -> str:
         """The text that is certain once `token` is known, often a word, sometimes nothing."""
-        if token == self.tokenizer.end_of_text:  # as in Tokenizer.decode
-            return ""
         self.pending.append(token)
-        return self._take(len(self.pending) - self._unfinished())
+        # An unfinished character decodes as U+FFFD. If it is one that is there to stay, what follows will show it.
+        return "" if self._pending_text().endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
-        """The rest: U+FFFD for each byte of a character that was never completed."""
-        return self._take(len(self.pending))
-
-    def _take(self, count: int) -> str:
-        """Text of the first `count` pending ids, which end where a character ends."""
-        ready, self.pending = self.pending[:count], self.pending[count:]
-        text = self.tokenizer.decode(self.context + ready)[self.context_length :]
-        if self.context_length == 0:
-            # From the first text on, all that the rest of a decoding depends on is that there was one: any will do.
-            self.context = [self.tokenizer.processor.unk_id()] if text else self.context + ready
-            self.context_length = len(self.tokenizer.decode(self.context))
+        """The rest, with U+FFFD for bytes that never became a character."""
+        text = self._pending_text()
+        if not self.tokenizer.decode(self.context):
+            # Once there is a first text, all that matters of it is that it was there: any will do as the context.
+            self.context = [self.tokenizer.processor.unk_id()] if text else self.context + self.pending
+        self.pending = []
         return text
 
-    def _unfinished(self) -> int:
-        """How many of the last pending ids, 0 to 3, are the first bytes of a character of which more bytes may come."""
-        processor, tail = self.tokenizer.processor, b""
-        for count, token in enumerate(reversed(self.pending[-3:]), start=1):
-            if token >= len(processor) or not processor.is_byte(token):
-                return 0
-            tail = bytes([int(processor.id_to_piece(token)[1:-1], 16)]) + tail  # <0xE2> -> 0xE2
-            if tail[0] >= 0xC0:  # the first byte of a character: the others are 0x80 to 0xBF
-                try:
-                    return 0 if codecs.getincrementaldecoder("utf-8")().decode(tail) else count
-                except UnicodeDecodeError:
-                    return 0
-        return 0
+    def _pending_text(self) -> str:
+        """What the pending ids add to the text of the context."""
+        return self.tokenizer.decode(self.context + self.pending)[len(self.tokenizer.decode(self.context)) :]
 
 
 def chat_prompt(turns: Sequence[str]) -> str:
@@ -806,12 +781,12 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
            top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """One id a row, (B), from logits (B, V), row b with generators[b]; the filters apply in transformers' order.
 
-    temperature  divides the logits; 0 is greedy: the largest logit, of equal ones the lowest id
+    temperature  divides the logits; 0 (or what rounds to it) is greedy: the largest logit, of equal ones the lowest id
     top_k        keeps the k most likely tokens; 0 keeps all
     top_p        keeps the fewest tokens, most likely first, whose probabilities reach p (Holtzman et al., 1904.09751)
     min_p        keeps tokens at least min_p times as likely as the most likely one (Nguyen et al., 2407.01082)
     """
-    if temperature == 0:
+    if temperature < 1e-30:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), the largest is 0
     ids = None
@@ -821,19 +796,19 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             logits[:, top_k:] = -math.inf
         if top_p < 1:
             p = logits.softmax(-1)  # (B, V)
-            is_reached = p.cumsum(-1) - p >= top_p  # (B, V), by the tokens before this one
-            is_reached[:, 0] = False
-            logits = logits.masked_fill(is_reached, -math.inf)
+            is_outside = p.cumsum(-1) - p >= top_p  # (B, V), by the tokens before this one
+            is_outside[:, 0] = False
+            logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Of exponential clocks with rates p, clock i rings first with probability p_i. No host is waited for, as the checks
-    # in torch.multinomial would.
+    # An exponential race: of clocks with rates p, clock i rings first with probability p_i. Unlike torch.multinomial,
+    # this never makes the host wait for the device.
     clock = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])  # (B, V)
     choice = (logits.softmax(-1) / clock).argmax(-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits (B, V) by `penalty` where seen (B, V); Keskar et al., 1909.05858."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -851,15 +826,15 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
              max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
              stop_ids: Iterable[int] | None = None, cache: KVCache | None = None) -> Iterator[Step]:
-    """Continue the prompts input_ids (B, T), a token a row and step, until every row has stopped: n steps are n passes.
+    """Continue prompts, one token a row and step, until every row has stopped; n steps are n forward passes.
 
-    attention_mask (B, T) has zeros at padding, on either side; in float32 a row's tokens do not depend on the rows
-    beside it. Row b draws from its own generator, seeded seed + b, and stops at one of stop_ids, by default
-    eos_token_id. repetition_penalty is `penalize` for the ids that the row holds. A `cache` that has seen the first of
-    input_ids already, in a conversation for instance, spares computing these again; its room limits the context. The
-    other options are those of `sample`.
+    The prompts are input_ids (B, T), with zeros in attention_mask (B, T) where there is padding, on either side; apart
+    from rounding, rows do not influence each other. Row b draws from its own generator, seeded seed + b, and stops at
+    one of stop_ids, by default eos_token_id. repetition_penalty is for ids that the row holds already, prompt included.
+    A `cache` that holds the first positions of an unpadded prompt, as in a conversation, saves computing them again;
+    its capacity limits the context. The other options are those of `sample`.
 
-    Raises ValueError, at the first step, for options out of range, ids out of the vocabulary, and a prompt that is
+    Raises ValueError, at the first step, for options out of range, ids outside the vocabulary, and a prompt that is
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
     are not numbers, which float16 can bring about.
     """
@@ -896,8 +871,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     is_padded = min(lengths) < T
     if cache is None:
         cache = KVCache(config, B, T + steps - 1, model.lm_head.weight.dtype, device)
-    _require(cache.length < T and not (cache.length and is_padded), f"the cache has seen {cache.length} positions: "
-             f"they have to be fewer than the prompt's {T}, and none of them padding")
+    elif is_padded or cache.length >= T:
+        raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
+                         f"this one has {T} positions")
     mask = torch.cat((mask, mask.new_ones(B, steps)), dim=1)  # (B, T + steps)
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
@@ -910,7 +886,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         logits = logits[:, 0].float()  # (B, V)
         logprobs = logits.log_softmax(-1)  # (B, V)
         if repetition_penalty != 1:
-            logits = penalize(logits, seen, repetition_penalty)  # (B, V)
+            logits = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
         ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
         seen.scatter_(1, ids, True)
         tokens, logprobs = ids[:, 0].tolist(), logprobs.gather(1, ids)[:, 0].tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import signal
 import sys
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-bos", action="store_true", help="do not put |ENDOFTEXT| in front of the prompt")
     add("--ignore-eos", action="store_true", help="go on after |ENDOFTEXT|")
     add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--temp", metavar="T", type=float, default=0.8, help="temperature; 0: the likeliest token (default: %(default)s)")
+    add("--temp", metavar="T", type=float, default=0.8, help="temperature; 0 is greedy (default: %(default)s)")
     add("--top-k", metavar="K", type=int, default=0, help="choose among the K likeliest; 0: all (default: %(default)s)")
     add("--top-p", metavar="P", type=float, default=0.95,
         help="choose among the likeliest that have P together; 1 is all (default: %(default)s)")
@@ -75,9 +76,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.logprobs or args.num_samples != 1):
         parser.error("--chat goes with neither --json nor --logprobs nor --num-samples")
-    for name in ("num_samples", "threads", "ctx_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
+    if args.json and args.logprobs:
+        parser.error("--json has the log-probabilities: leave --logprobs out")
+    for name, least, most in (
+        ("num_samples", 1, math.inf), ("threads", 1, math.inf), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
+        ("temp", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, 2**62),
+        ("repetition_penalty", 0.001, math.inf),
+    ):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range: it goes from {least} to {most}")
     return args
 
 
@@ -97,7 +105,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     for line in filter(str.strip, text.split("\n")):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = line
         prompts.append(value if isinstance(value, str) else line)
     if not prompts:
@@ -212,8 +220,10 @@ def printer(samples: list[Sample], tokenizer: Tokenizer, args: argparse.Namespac
         while current < len(samples):
             sample = samples[current]
             if args.logprobs:
-                pieces = map(tokenizer.processor.id_to_piece, sample.ids[done:])
-                new = "".join(f"{logprob:9.4f}  {piece!r}\n" for logprob, piece in zip(sample.logprobs[done:], pieces))
+                new = ""
+                for i, logprob in zip(sample.ids[done:], sample.logprobs[done:]):
+                    piece = tokenizer.processor.id_to_piece(i) if i < len(tokenizer) else f"<{i}>"
+                    new += f"{logprob:9.4f}  {piece!r}\n"
                 done = len(sample.ids)
             else:
                 new = (sample.prompt + sample.certain())[done:] if sample.ids else ""
@@ -257,63 +267,65 @@ def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Names
     def say(note: str) -> None:
         print(f"({note})", file=sys.stderr, flush=True)
 
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            say("/exit leaves")
-            continue
-        if line == "/exit":
-            return 0
-        if line == "/reset":
-            turns = []
-            say("forgotten")
-        if not line or line == "/reset":
-            continue
-
-        turns.append(line)
-        forgotten = 0
+    def answer(line: str) -> None:
+        nonlocal turns, ids, text, seed
+        kept, forgotten = [*turns, line], 0
         while True:
-            sample = Sample(tokenizer, chat_prompt(turns), args, stops=("\n\nhuman:",))
+            sample = Sample(tokenizer, chat_prompt(kept), args, stops=("\n\nhuman:",))
             sample.prompt_ids = ids_in_context(tokenizer, ids, text, sample.prompt, sample.prompt_ids)
-            if len(sample.prompt_ids) + args.max_tokens <= limit or len(turns) == 1:
+            if len(sample.prompt_ids) + min(args.max_tokens, limit // 4) <= limit or len(kept) == 1:
                 break
-            del turns[:2]
+            del kept[:2]
             forgotten += 1
+        if len(sample.prompt_ids) >= limit:
+            return say(f"that is too long: {len(sample.prompt_ids)} tokens, and the context is {limit}")
         if forgotten:
-            say(f"the context of {limit} tokens is full: the oldest {forgotten} of the questions and answers are dropped")
+            say(f"the context of {limit} tokens is full: the oldest {forgotten} questions and answers are dropped")
         common = 0
-        while common < min(cache.length, len(sample.prompt_ids) - 1) and ids[common] == sample.prompt_ids[common]:
+        while (common < min(cache.length, len(ids), len(sample.prompt_ids) - 1)
+               and ids[common] == sample.prompt_ids[common]):
             common += 1
-        cache.advance(common - cache.length)
-
+        cache.seek(common)
+        ids, text = sample.prompt_ids, sample.prompt  # right also if Ctrl-C comes before the end
         printed = 0
 
-        def show(sample: Sample = sample) -> None:
+        def show() -> None:
             nonlocal printed
             new = sample.certain().lstrip()[printed:]
             printed += len(new)
             print(new, end="", flush=True)
 
-        try:
-            figures = write(model, [sample], args, seed, show, cache)
-        except ValueError as error:  # a question that is longer than the context
-            say(str(error))
-            turns.pop()
-            continue
+        figures = write(model, [sample], args, seed, show, cache)
         print(flush=True)
         seed += 1
-        turns.append(sample.text)
+        turns = [*kept, sample.text]
         ids, text = sample.prompt_ids + sample.ids, f"{sample.prompt} {sample.text.strip()}"
-        while len(tokenizer.decode(ids)) > len(text):  # tokens of a stop text, or spaces at the end
+        # Ends that are not of the conversation: |ENDOFTEXT|, a stop text, spaces.
+        while ids[-1] == tokenizer.end_of_text or len(tokenizer.decode(ids)) > len(text):
             ids.pop()
-        cache.advance(min(0, len(ids) - cache.length))
         if not args.quiet:
-            say(f"{figures.prompt_tokens} tokens read at {figures.prompt_tokens_per_second:.1f} tok/s, {figures.tokens} "
-                f"written at {figures.tokens_per_second:.1f} tok/s, stopped by {sample.finish_reason}")
+            say(f"{figures.prompt_tokens} tokens read at {figures.prompt_tokens_per_second:.1f} tok/s, "
+                f"{figures.tokens} written at {figures.tokens_per_second:.1f} tok/s, stopped by {sample.finish_reason}")
+
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+            line.encode("utf-8")
+            if line == "/exit":
+                return 0
+            if line == "/reset":
+                turns = []
+                say("forgotten")
+            elif line:
+                answer(line)
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            say("/exit leaves")
+        except UnicodeError:
+            say("that line is not UTF-8")
 
 
 def peak_memory(device: str) -> str:
@@ -321,7 +333,7 @@ def peak_memory(device: str) -> str:
     import torch
 
     if device.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU"
     try:
         import resource
     except ImportError:  # Windows
@@ -341,9 +353,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device} is not to be had here") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+        raise ValueError(f"--device {device} is not available on this machine") from None
     is_shown, start = sys.stderr.isatty() and not args.quiet, time.monotonic()
 
     def progress(fraction: float) -> None:
@@ -386,14 +398,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends like any other command
     args = parse(argv)
+    if sys.stdin is None or sys.stdout is None:
+        return 2  # closed: there is nobody to tell
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         return run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, RecursionError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("sample.py: error: out of memory: try a smaller --ctx-size, --max-tokens or --num-samples, or another "
+              "--dtype", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

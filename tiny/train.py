@@ -4,8 +4,8 @@
     python tiny/train.py --text my.txt --out FOLDER --init tiny           from a model's folder: fine-tuning
     python tiny/train.py --text input.txt --out FOLDER --resume           go on after Ctrl-C, as if nothing had happened
 
-The first 90% of the text's characters are trained on. The last 10% are for validation: their total loss in nats, divided
-by their number, over windows of 256 tokens that do not overlap, the first token of each predicted from `|ENDOFTEXT|`.
+The first 90% of the text's characters are trained on. The last 10% are for validation: their total loss in nats,
+divided by their number, over windows of 256 tokens that do not overlap, each beginning with `|ENDOFTEXT|`.
 FOLDER holds the model of the lowest validation loss so far. Weights are float32 while they are trained, matrix products
 bfloat16, and what is saved is bfloat16.
 """
@@ -24,6 +24,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -39,7 +41,7 @@ WINDOW = 256  # tokens that are predicted in a row of a batch
 
 
 def make_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
-    """Train a SentencePiece unigram model with byte fallback that gives every text back exactly, line breaks included."""
+    """Train a SentencePiece unigram model with byte fallback that gives every text back exactly, line breaks too."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()), model_writer=model, model_type="unigram", vocab_size=vocab_size,
@@ -56,18 +58,21 @@ def make_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
 
 
 def conversations(text: str) -> list[str]:
-    """A third of a play's speeches again, as conversations of one or two turns in the format of chat_prompt.
+    """Some of a play's speeches again, as conversations of one or two turns in the format of chat_prompt.
 
     A speech is a paragraph that begins with a line `NAME:`, which is left out here.
     """
     speeches = [paragraph.partition(":\n")[2].strip() for paragraph in text.split("\n\n")]
     speeches = [speech for speech in speeches if speech]
-    starts = range(0, len(speeches) - 4, 9)
-    return [chat_prompt(speeches[i : i + n]) + " " + speeches[i + n] for j, i in enumerate(starts) for n in (1 + j % 2 * 2,)]
+    found = []
+    for count, i in enumerate(range(0, len(speeches) - 4, 15)):
+        n = 3 if count % 2 else 1  # speeches before the last answer
+        found.append(chat_prompt(speeches[i : i + n]) + " " + speeches[i + n])
+    return found
 
 
 def split_at_random(tokenizer: Tokenizer, text: str, rng: random.Random) -> list[int]:
-    """Token ids of a text, each word of it split into pieces in a way drawn by likelihood**0.3 from its 16 best ones.
+    """Token ids of a text, each word of it split into pieces in a way drawn by likelihood**0.2 from its 16 best ones.
 
     A unigram model has many ways to split a word; seeing several keeps a model from learning a small text by heart
     (subword regularization; Kudo, arXiv 1804.10959). No piece reaches from one word into the next, so words are drawn
@@ -77,25 +82,23 @@ def split_at_random(tokenizer: Tokenizer, text: str, rng: random.Random) -> list
     for word in re.findall(r"\n| ?[^ \n]+| ", text):
         if word not in known:
             ways = processor.nbest_encode(word, nbest_size=16)
-            known[word] = ways, [math.exp(0.3 * sum(map(processor.get_score, way))) for way in ways]
+            known[word] = ways, [math.exp(0.2 * sum(map(processor.get_score, way))) for way in ways]
         ways, weights = known[word]
         ids += rng.choices(ways, weights)[0]
     return ids
 
 
-def training_tokens(tokenizer: Tokenizer, text: str, seed: int, is_new: bool) -> list[Tensor]:
-    """The text and then its conversations as token ids, each ended by |ENDOFTEXT|.
-
-    With a tokenizer that is new, several times, split into tokens at random; else once, as the model knows it.
-    """
+def training_tokens(tokenizer: Tokenizer, text: str, seed: int, splits: int) -> list[Tensor]:
+    """The text and then its conversations as token ids, each ended by |ENDOFTEXT|: as the tokenizer splits them, and
+    then `splits` times as split_at_random does."""
     rng = random.Random(seed)
-
-    def encode(text: str) -> list[int]:
-        return split_at_random(tokenizer, text, rng) if is_new else tokenizer.encode(text, add_bos=False)
-
     parts = [text, *conversations(text)]
-    return [torch.tensor([i for part in parts for i in (*encode(part), tokenizer.end_of_text)])
-            for _ in range(8 if is_new else 1)]
+
+    def stream(encode: Callable[[str], list[int]]) -> Tensor:
+        return torch.tensor([i for part in parts for i in (*encode(part), tokenizer.end_of_text)])
+
+    plain = stream(partial(tokenizer.encode, add_bos=False))
+    return [plain, *(stream(lambda part: split_at_random(tokenizer, part, rng)) for _ in range(splits))]
 
 
 @torch.no_grad()
@@ -106,8 +109,8 @@ def validation_loss(model: PersimmonForCausalLM, tokenizer: Tokenizer, text: str
     ids, total = torch.tensor(tokenizer.encode(text, add_bos=False), device=device), 0.0
     full = len(ids) // WINDOW * WINDOW
     for rows in [*ids[:full].view(-1, WINDOW).split(32), ids[full:][None]]:
-        rows = torch.cat((rows.new_full((len(rows), 1), tokenizer.end_of_text), rows), dim=1)
-        if rows.shape[1] > 1:
+        if rows.numel():
+            rows = torch.cat((rows.new_full((len(rows), 1), tokenizer.end_of_text), rows), dim=1)
             total += model(rows, labels=rows).loss.item() * rows[:, 1:].numel()
     model.train()
     return total / len(text)
@@ -144,11 +147,17 @@ def train(args: argparse.Namespace) -> int:
     """Run to the end, or to Ctrl-C; the exit code."""
     text = args.text.read_text(encoding="utf-8")
     cut = int(len(text) * 0.9)
+    if len(text) < 20 * WINDOW:
+        raise ValueError(f"{args.text} has {len(text)} characters: at least {20 * WINDOW} are needed")
     state_file = args.out / "training.safetensors"
     if args.resume and not state_file.is_file():
         raise ValueError(f"--resume: there is no {state_file}")
-    if not args.resume and args.out.exists() and any(args.out.iterdir()):
-        raise ValueError(f"--out {args.out} is not empty: give a new folder, or --resume to go on in this one")
+    if not args.resume and (state_file.exists() or (args.out / "config.json").exists()):
+        raise ValueError(f"--out {args.out} holds a model: give a new folder, or --resume to go on in this one")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"--device {args.device} is not available on this machine") from None
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume and args.init:
         for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
@@ -181,7 +190,11 @@ def train(args: argparse.Namespace) -> int:
         facts = load_state(state_file, model, optimizers)
         if facts["settings"] != settings:
             raise ValueError(f"--resume: the run was begun with {facts['settings']}, not with {settings}")
-    streams = training_tokens(tokenizer, text[:cut], args.seed, is_new=args.init is None)
+    # With a new tokenizer, most of the training is on words split at random. The rest is on words split as they will be
+    # in use: until then, the model gives probability to all the other ways too.
+    plain, *split = training_tokens(tokenizer, text[:cut], args.seed, splits=0 if args.init else 8)
+    if not args.resume:
+        save_state(state_file, model, optimizers, facts)  # from here on there is something to resume
 
     is_interrupted = False
 
@@ -196,11 +209,12 @@ def train(args: argparse.Namespace) -> int:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = args.lr * warm * (0.01 + 0.99 * cosine)
         torch.manual_seed(args.seed * 1_000_003 + step)  # what is random in a step depends on the step alone
+        streams = split if split and step < 0.75 * args.steps else [plain]
         rows = [streams[int(torch.randint(len(streams), ()))] for _ in range(args.batch)]
         starts = [int(torch.randint(max(1, len(row) - WINDOW + 1), ())) for row in rows]
         rows = torch.stack([row[i : i + WINDOW] for row, i in zip(rows, starts)])
         rows = torch.cat((rows.new_full((args.batch, 1), tokenizer.end_of_text), rows), dim=1).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             loss = model(rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -228,9 +242,9 @@ def train(args: argparse.Namespace) -> int:
         if is_interrupted:
             print(f"\nstopped after step {step + 1}; the same command with --resume goes on", file=sys.stderr)
             return 130
-    state_file.unlink(missing_ok=True)
     saved = PersimmonForCausalLM.from_pretrained(args.out, device=args.device)
     print(f"{args.out}: {validation_loss(saved, tokenizer, text[cut:]):.4f} nats a character, as saved")
+    state_file.unlink(missing_ok=True)
     return 0
 
 
@@ -242,15 +256,18 @@ def main() -> int:
     add("--out", type=Path, required=True, help="folder for the model")
     add("--init", type=Path, metavar="FOLDER", help="model to start from")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--steps", type=int, default=2400, help="(default: %(default)s)")
+    add("--steps", type=int, default=1200, help="(default: %(default)s)")
     add("--batch", type=int, default=16, help=f"rows of {WINDOW} tokens a step (default: %(default)s)")
-    add("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
-    add("--dropout", type=float, default=0.1, help="hidden_dropout of a new model (default: %(default)s)")
-    add("--eval-every", type=int, metavar="STEPS", default=250, help="(default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="highest learning rate; less for --init (default: %(default)s)")
+    add("--dropout", type=float, default=0.15, help="hidden_dropout of a new model (default: %(default)s)")
+    add("--eval-every", type=int, metavar="STEPS", default=100, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    args = parser.parse_args()
+    if min(args.steps, args.batch, args.eval_every) < 1 or not 0 <= args.dropout <= 1 or args.lr <= 0:
+        parser.error("--steps, --batch, --eval-every and --lr have to be above 0, --dropout from 0 to 1")
     try:
-        return train(parser.parse_args())
+        return train(args)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
