@@ -177,10 +177,7 @@ class PersimmonConfig:
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, with RoPE and dtype spelled for old and for new versions of transformers."""
         rope = {name: getattr(self, name) for name in ("rope_theta", "partial_rotary_factor")}
-        values = asdict(self)
-        if self.num_labels != 2 and self.id2label is None:  # transformers counts these, and 2 where there are none
-            values["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **values,
+        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **asdict(self),
                 "torch_dtype": self.dtype, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope}}
 
 

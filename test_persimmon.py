@@ -776,19 +776,22 @@ def token_sequences(draw):
     character = characters.map(lambda c: [f"<0x{b:02X}>" for b in c.encode()])
     piece = st.integers(0, 340)
     runs = st.one_of(piece.map(lambda i: [i]), byte.map(lambda b: [b]), character, character.map(lambda c: c[:-1]),
-                     st.sampled_from([["▁"], ["|ENDOFTEXT|"], ["▁the"], ["</s>"]]))  # fmt: skip
+                     st.sampled_from([["▁"], ["|ENDOFTEXT|"], ["▁jump"], ["</s>"]]))  # fmt: skip
     return [token for run in draw(st.lists(runs, max_size=12)) for token in run]
 
 
 @settings(max_examples=500, deadline=None)
 @given(sequence=token_sequences(), prompt=token_sequences(), style=st.sampled_from(list(STYLES)))
-@example(sequence=["▁the", "▁the"], prompt=["|ENDOFTEXT|"], style="as SentencePiece makes it")
-@example(sequence=["▁the"], prompt=["▁the"], style="as SentencePiece makes it")
-@example(sequence=["<0xC3>", "<0xC3>", "▁the", "<0xA9>"], prompt=[], style="spaces kept")
+@example(sequence=["▁jump", "▁jump"], prompt=["|ENDOFTEXT|"], style="as SentencePiece makes it")
+@example(sequence=["▁jump"], prompt=["▁jump"], style="as SentencePiece makes it")
+@example(sequence=["▁", "▁jump"], prompt=[], style="as SentencePiece makes it")
+@example(sequence=["▁", "▁jump"], prompt=[], style="spaces kept")
+@example(sequence=["<0xC3>", "<0xC3>", "▁jump", "<0xA9>"], prompt=[], style="spaces kept")
 @example(sequence=["<0xE2>", "|ENDOFTEXT|", "<0x82>", "<0xAC>"], prompt=[], style="control")
 @example(sequence=["<0xED>", "<0xA0>", "<0x80>", "<0xF4>", "<0x90>", "<0xC0>", "<0x80>"], prompt=["▁"], style="control")
 def test_streaming_equals_decoding_the_whole(tokenizers, sequence, prompt, style):
     tokenizer, oracle = tokenizers[style]
+    assert oracle.piece_to_id("▁jump") != oracle.unk_id() != oracle.piece_to_id("▁")
     new, old = ([i if isinstance(i, int) else oracle.piece_to_id(i) for i in part] for part in (sequence, prompt))
     whole = tokenizer.decode(old + new)
     eot, unknown = tokenizer.end_of_text, oracle.unk_id()
@@ -1786,6 +1789,20 @@ def test_chat_reads_only_what_is_new_and_answers_as_a_fresh_run(monkeypatch, cap
     assert forgotten[-len(three[0]) :] == three[0] != forgotten  # "human:" is in the cache
     fresh(forgotten)
     assert printed.out == "".join(f"{answer.lstrip()}\n" for answer in answers)
+
+
+def test_ids_in_context():
+    """An answer keeps the tokens that it was made of, even if the tokenizer would have split it differently."""
+    tokenizer = Tokenizer(TINY)
+    known_text = "human: Who speaks?\n\nadept: I do"
+    spelled = [i for c in known_text for i in tokenizer.encode(c, add_bos=False)]  # letter by letter
+    known_ids, text = [tokenizer.end_of_text, *spelled], known_text + "\n\nhuman: And you?\n\nadept:"
+    usual = tokenizer.encode(text)
+    found = sample_script.ids_in_context(tokenizer, known_ids, known_text, text, usual)
+    rest = tokenizer.encode("\n\nhuman: And you?\n\nadept:", add_bos=False)
+    assert found == known_ids + rest != usual and tokenizer.decode(found) == text
+    assert sample_script.ids_in_context(tokenizer, known_ids, "human: Someone else", text, usual) == usual
+    assert sample_script.ids_in_context(tokenizer, [], "", text, usual) == usual
 
 
 class Terminal:
