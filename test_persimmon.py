@@ -1737,11 +1737,16 @@ def test_command_line_files_json_and_logprobs(tmp_path):
     lines = sample_py("--file", tmp_path / "one", "--logprobs", *greedy).stdout.decode().splitlines()
     pieces = [tokenizer.processor.id_to_piece(i) for i in one["ids"]]
     assert lines == [f"{logprob:9.4f}  {piece!r}" for logprob, piece in zip(one["logprobs"], pieces)]
-    steps = list(generate(model, tokenizer("ROMEO:\n")["input_ids"], max_new_tokens=9, repetition_penalty=1.8))
-    (o,) = map(json.loads, sample_py("--json", "--repetition-penalty", "1.8", *greedy).stdout.splitlines())
-    assert o["ids"] == [s.tokens[0] for s in steps] and len(set(o["ids"])) == 9
-    seeds = sample_py("--batch", tmp_path / "many", "--num-samples", "7", "--seed", "5", "-n", "3", "--json").stdout
-    assert [json.loads(line)["seed"] for line in seeds.splitlines()] == list(range(5, 26))  # over a batch of 16
+    ids = tokenizer("ROMEO:\n")["input_ids"]
+    penalized, free = ([s.tokens[0] for s in generate(model, ids, max_new_tokens=40, repetition_penalty=p)] for p in (1.8, 1))
+    (o,) = map(json.loads, sample_py("--json", "--repetition-penalty", "1.8", *greedy, "-n", "40").stdout.splitlines())
+    assert o["ids"] == penalized != free
+    options = ["-n", "3", "--json", "--dtype", "float32"]
+    seeds = sample_py("--batch", tmp_path / "many", "--num-samples", "7", "--seed", "5", *options).stdout  # in two groups
+    seeds = [json.loads(line) for line in seeds.splitlines()]
+    assert [o["seed"] for o in seeds] == list(range(5, 26))
+    (alone,) = map(json.loads, sample_py(seeds[18]["prompt"], "--seed", "23", *options).stdout.splitlines())
+    assert alone["ids"] == seeds[18]["ids"] and len({tuple(o["ids"]) for o in seeds}) > 9
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
