@@ -1900,10 +1900,8 @@ def test_the_published_answer_of_the_real_chat_model():
 
 
 def test_command_line_in_a_terminal():
-    """On a terminal the note about the prompt is wiped again."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, HERE / "sample.py", "-n", "5"], stdout=subprocess.PIPE, stderr=slave)
-    output, _ = process.communicate(timeout=60)
-    os.close(slave)
-    screen = os.read(master, 10_000).decode()
-    assert output.startswith(b"ROMEO:\n") and re.match(r"(\rloading.*\r\x1b\[K)?reading \d+ tokens ...\r\x1b\[K", screen), screen
+    """The note about the prompt is wiped before the text appears."""
+    terminal = Terminal("-n", "5")
+    terminal.expect(r"reading \d+ tokens \.\.\.\r\x1b\[KROMEO:")
+    terminal.expect("peak memory")
+    assert terminal.process.wait(timeout=30) == 0
