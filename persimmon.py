@@ -854,7 +854,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     ids = input_ids.to(device)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)  # (B, T)
     _require(mask.shape == ids.shape, f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
-    order = mask.argsort(dim=1, stable=True)  # (B, T), padding first: then every row's next token comes at T
+    order = mask.argsort(dim=1, stable=True)  # (B, T), padding in front: every row's next token then comes at T
     ids, mask = ids.gather(1, order), mask.gather(1, order)  # (B, T)
     lengths = mask.sum(1).tolist()
     _require(min(lengths) > 0, f"row {lengths.index(min(lengths))} of the prompt is nothing but padding")
@@ -876,7 +876,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
     reasons: list[str | None] = [None] * B
 
-    ids = ids[:, cache.length :]
+    ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, each other one over one position
     for step in range(1, steps + 1):
         S = cache.length + ids.shape[1]
         logits = model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits  # (B, 1, V)
