@@ -39,6 +39,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -218,19 +219,29 @@ class KVCache:
     grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number as a tensor
     on the device, for what must not wait for Python. The model advances both, once a forward pass. For inference only:
     it is written in place, which autograd does not allow.
+
+    On a CPU, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and N is rounded up to a multiple
+    of `block`: see cpu_attention. `keys` is a view that shows them in the order of the values.
     """
+
+    block = 256  # positions
 
     def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
                  dtype: torch.dtype, device: torch.device | str) -> None:
         L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
         N, D = max_length, config.head_dim
-        self.keys = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
-        self.values = torch.empty_like(self.keys)  # (L, B, H, N, D)
+        self.is_transposed = torch.device(device).type == "cpu" and N >= self.block
+        if self.is_transposed:
+            N = -(-N // self.block) * self.block
+        self.values = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
+        self.keys = torch.empty_like(self.values)  # (L, B, H, N, D)
+        if self.is_transposed:
+            self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
         self.length = 0
         self.position = torch.zeros((), dtype=torch.long, device=device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's k and v of the new positions, both (B, H, T, D); return all so far, both (B, H, S, D).
+        """Store one layer's k and v of the new positions, (B, H, T, D); return all there are now, (B, H, S, D).
 
         Raises ValueError where they do not fit.
         """
@@ -240,7 +251,10 @@ class KVCache:
         _require(S <= N, f"the cache has room for {N} positions: {self.length} are taken and {T} more do not fit")
         self.keys[layer, :, :, self.length : S] = k
         self.values[layer, :, :, self.length : S] = v
-        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
+        if self.length == 0:
+            return k, v
+        k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
+        return (k.contiguous() if self.is_transposed and T > 1 else k), v
 
     def seek(self, length: int) -> None:
         """Count this many positions as seen: forward when every layer has stored them, or back, to forget the rest."""
@@ -248,7 +262,87 @@ class KVCache:
         self.position.fill_(length)
 
 
-# --- 4. Attention, MLP, block -----------------------------------------------------------------------------------------
+# --- 4. One token on a CPU --------------------------------------------------------------------------------------------
+#
+# Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights. On a CPU
+# in bfloat16, F.linear reads them at about half of the memory's speed (oneDNN reorders them first), and SDPA reads a
+# long cache at an eighth. What does read at full speed is embedding_bag, made for recommenders: the sum of some rows of
+# a table, each times a factor. So does its derivative by the factors: the dot product of each row with a vector. The
+# results are those of the plain operations up to rounding. None of this is used where gradients are wanted.
+
+
+class Linear(nn.Linear):
+    """x W^T + b. A single row x on a CPU takes the derivative of embedding_bag: an output is a dot product of a row."""
+
+    large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., O)"""
+        is_row = x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if is_row and self.weight.nbytes >= self.large and self.weight.is_contiguous():
+            O = self.out_features
+            rows = torch.arange(O, dtype=torch.int32)  # (O)
+            bags = torch.zeros_like(rows)  # (O), all in the first bag, which has x as its gradient
+            dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+            y = dots(x.view(1, -1), self.weight, rows, bags[:1], bags, 0)
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class SparseLinear(Linear):
+    """A Linear for inputs that are mostly zero: with few rows, the weights that only zeros multiply are not read.
+
+    The weights of one input have to be contiguous for that: see `transpose`, which `load` calls on a CPU. Before that
+    this is a Linear like any other.
+    """
+
+    def transpose(self) -> None:
+        """Lay a large weight out in memory as (F, C). The parameter is a view of it with the usual shape (C, F)."""
+        if self.weight.nbytes >= self.large:
+            self.weight.data = torch.empty_like(self.weight.t(), memory_format=torch.contiguous_format).copy_(
+                self.weight.data.t()).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., F) -> (..., C)"""
+        B = x.numel() // self.in_features
+        table = self.weight.t()  # (F, C)
+        if B <= 16 and table.is_contiguous() and x.device.type == "cpu" and not torch.is_grad_enabled():
+            row, column = x.view(B, -1).nonzero(as_tuple=True)
+            if len(row) <= 1.5 * self.in_features:  # with more, F.linear is about as quick
+                bags = 4 * torch.get_num_threads()  # for each row of x, since cores share the work by the bag
+                count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
+                start = count.cumsum(0) - count + count * torch.arange(bags) // bags  # (B, bags)
+                y = nn.functional.embedding_bag(column, table, start.flatten(), mode="sum",
+                                                per_sample_weights=x.view(B, -1)[row, column])  # (B*bags, C)
+                y = y.view(*x.shape[:-1], bags, -1).sum(-2, dtype=torch.float32)
+                return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return super().forward(x)
+
+
+def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor | None) -> Tensor:
+    """Attention of one position, q (B, H, 1, D), to the first S of keys and values (B, H, N, D) -> (B, H, 1, D).
+
+    Both steps are sums of rows. The output is the sum over S of p times a value. The scores of P positions are the sum
+    over D of an element of q times P elements of the keys, which is why these lie transposed. Scores are rounded to
+    q's dtype, as in transformers' eager attention; SDPA keeps them in float32.
+    """
+    (B, H, N, D), P = keys.shape, KVCache.block
+    M = -(-S // P)  # blocks of P positions, the last one perhaps with some that are beyond S
+    table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
+    row = torch.arange(B * H * D).view(B * H, 1, D) * (N // P) + torch.arange(M)[:, None]  # (B*H, M, D)
+    factor = q.view(B * H, 1, D).expand_as(row)  # (B*H, M, D)
+    score = nn.functional.embedding_bag(
+        row.view(-1, D), table, mode="sum", per_sample_weights=factor.reshape(-1, D))  # (B*H*M, P)
+    score = score.view(B, H, M * P)[:, :, :S].float() * D**-0.5  # (B, H, S)
+    if mask is not None:
+        score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
+    p = score.softmax(-1).to(q.dtype).view(B * H, S)  # (B*H, S)
+    row = torch.arange(B * H)[:, None] * N + torch.arange(S)  # (B*H, S)
+    y = nn.functional.embedding_bag(row, values.view(-1, D), mode="sum", per_sample_weights=p)  # (B*H, D)
+    return y.view(B, H, 1, D)
+
+
+# --- 5. Attention, MLP, block -----------------------------------------------------------------------------------------
 
 
 def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
@@ -279,8 +373,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.attention_dropout
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         has_norm, eps = config.qk_layernorm, config.layer_norm_eps
         self.q_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
         self.k_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
@@ -296,9 +390,12 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout * self.training
-        )  # (B, H, T, D)
+        if cache is not None and cache.is_transposed and T == 1:
+            y = cpu_attention(q, cache.keys[self.layer], cache.values[self.layer], k.shape[2], mask)  # (B, H, T, D)
+        else:
+            y = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout * self.training
+            )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.dense(y)
 
@@ -306,18 +403,19 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """W2 relu(W1 x + b1)**2 + b2; the original's fused_bias_sqrelu.py.
 
-    relu makes zeros that are exact, and in the trained model most of the F activations of a token are zero.
+    relu makes zeros that are exact, and in the trained model about 90% of the F activations of a token are zero: while
+    decoding, SparseLinear does not read the weights that they multiply.
     """
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = SparseLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)"""
-        h = self.dense_h_to_4h(x)  # (B, T, F)
-        h = h.relu().square()  # (B, T, F)
+        h = self.dense_h_to_4h(x).relu_()  # (B, T, F)
+        h = h.square() if torch.is_grad_enabled() else h.square_()  # (B, T, F), for a prompt new memory costs 5%
         return self.dense_4h_to_h(h)
 
 
@@ -332,13 +430,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)"""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None,
+                keep: int = 0) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or with keep = n only the last n positions, (B, n, C)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)  # (B, T, C)
+        x = x[:, -keep:]  # -0 is 0: all of them
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
-# --- 5. The models ----------------------------------------------------------------------------------------------------
+# --- 6. The models ----------------------------------------------------------------------------------------------------
 
 
 class ModelOutput(NamedTuple):
@@ -387,18 +487,20 @@ class PersimmonPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
                         device: str | torch.device | None = None,
-                        progress: Callable[[float], None] | None = None, **changes: Any) -> PersimmonPreTrainedModel:
+                        progress: Callable[[float], None] | None = None, sparse: bool = True,
+                        **changes: Any) -> PersimmonPreTrainedModel:
         """The model in `folder`, which holds config.json and safetensors, in eval mode.
 
         On the CPU, in the file's own dtype, weights are memory-mapped: pages are read on first use, and training never
-        changes the file. dtype "auto" is config.json's, else the file's; device None is the CPU. progress is called
-        with the fraction that is loaded. changes replace values of config.json, as in num_labels=3. A classifier that
-        is loaded from a language model's folder gets a new head, with a warning.
+        changes the file. With `sparse`, those of large SparseLinear layers, a quarter of all, are not: they are
+        transposed into memory. dtype "auto" is config.json's, else the file's; device None is the CPU. progress is
+        called with the fraction that is loaded. changes replace values of config.json, as in num_labels=3. A classifier
+        that is loaded from a language model's folder gets a new head, with a warning.
 
         Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
         damaged, or whose tensors are not exactly the model's (but for the exceptions that `load` lists).
         """
-        return load(cls, Path(folder), dtype, device, progress, changes)
+        return load(cls, Path(folder), dtype, device, progress, sparse, changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which from_pretrained and transformers read.
@@ -422,8 +524,10 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
-                inputs_embeds: Tensor | None = None) -> ModelOutput:
+                inputs_embeds: Tensor | None = None, keep: int = 0) -> ModelOutput:
         """Hidden states (B, T, C) of T new tokens, given by input_ids (B, T) or by inputs_embeds (B, T, C).
+
+        With keep = n, only those of the last n positions, (B, n, C): the last MLP then skips the others.
 
         attention_mask (B, S), 1 for a token and 0 for padding on either side, covers what `cache` holds and what is
         new; at padding, results are finite and mean nothing. position_ids (B, T) or (1, T) are the tokens' places for
@@ -446,8 +550,9 @@ class PersimmonModel(PersimmonPreTrainedModel):
                 position_ids = position_ids + cache.position  # (B, T)
         rope = rope_tables(position_ids, self.config, x.dtype)
         mask = causal_mask(T, S, attention_mask, x.device)
-        for block in self.layers:
+        for block in self.layers[:-1]:
             x = block(x, rope, mask, cache)  # (B, T, C)
+        x = self.layers[-1](x, rope, mask, cache, keep)  # (B, keep or T, C)
         if cache is not None:
             cache.seek(S)
         return ModelOutput(self.final_layernorm(x))
@@ -459,7 +564,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
         self.model = PersimmonModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -470,9 +575,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are scored
         against the label at t + 1, in float32. The other arguments and errors are those of PersimmonModel.forward.
         """
-        x = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds).last_hidden_state  # (B, T, C)
         _require(labels is None or logits_to_keep == 0, "a loss needs all logits: logits_to_keep has to be 0")
-        logits = self.lm_head(x[:, -logits_to_keep:])  # -0 is 0: all of them
+        output = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, keep=logits_to_keep)
+        logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
             shifted = self.logits_for_loss(logits)[:, :-1].flatten(0, 1)
@@ -567,7 +672,7 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
         return HeadOutput(loss, logits)
 
 
-# --- 6. Loading and saving --------------------------------------------------------------------------------------------
+# --- 7. Loading and saving --------------------------------------------------------------------------------------------
 
 
 def _open(file: Path) -> Any:
@@ -600,7 +705,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype, device: str | torch.device | None,
-         progress: Callable[[float], None] | None, changes: dict[str, Any]) -> PersimmonPreTrainedModel:
+         progress: Callable[[float], None] | None, sparse: bool, changes: dict[str, Any]) -> PersimmonPreTrainedModel:
     """PersimmonPreTrainedModel.from_pretrained, described there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
@@ -628,6 +733,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
              f"config.json ({len(extra)} unexpected in all)")
 
     target = _as_dtype(dtype) if dtype != "auto" else _as_dtype(config.dtype) if config.dtype else None
+    is_on_cpu = torch.device(device or "cpu").type == "cpu"
+    to_transpose = [m for m in model.modules() if isinstance(m, SparseLinear)] if sparse and is_on_cpu else []
     opened = {file: _open(file) for file in set(files.values())}
     state = {}
     for bare_name, name in stored.items():
@@ -640,12 +747,16 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         target = target or tensor.dtype
         state[own_name] = tensor.to(device or "cpu", target)
         if progress is not None:
-            progress(len(state) / len(stored))
+            progress(len(state) / (len(stored) + len(to_transpose)))
     for name in head:
         state[name] = torch.zeros(own[name][1], dtype=target, device=device)
         if name.endswith("weight"):
             state[name].normal_(std=config.initializer_range)
     model.load_state_dict(state, assign=True)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for done, _ in enumerate(pool.map(SparseLinear.transpose, to_transpose), start=len(stored) + 1):
+            if progress is not None:
+                progress(done / (len(stored) + len(to_transpose)))
     return model.eval()
 
 
@@ -670,7 +781,7 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
                 file.replace(folder / file.name)
 
 
-# --- 7. Tokens and text -----------------------------------------------------------------------------------------------
+# --- 8. Tokens and text -----------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -771,7 +882,7 @@ def chat_prompt(turns: Sequence[str]) -> str:
     return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:" for n, turn in enumerate(turns))
 
 
-# --- 8. Sampling and generation ---------------------------------------------------------------------------------------
+# --- 9. Sampling and generation ---------------------------------------------------------------------------------------
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_k: int = 0,

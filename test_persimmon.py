@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import enum
 import fcntl
 import io
@@ -51,17 +52,20 @@ import persimmon
 import sample as sample_script
 from persimmon import (
     KVCache,
+    Linear,
     PersimmonConfig,
     PersimmonForCausalLM,
     PersimmonForSequenceClassification,
     PersimmonForTokenClassification,
     PersimmonModel,
+    SparseLinear,
     StreamDecoder,
     Tokenizer,
     apply_repetition_penalty,
     apply_rope,
     causal_mask,
     chat_prompt,
+    cpu_attention,
     generate,
     rope_tables,
     sample,
@@ -129,10 +133,36 @@ def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
-def pair(request, folders):
-    """The same weights as our model and as transformers'."""
+def models(request, folders):
+    """The same weights as our model, as that with all products for one token, and as transformers'."""
     folder = folders[request.param, "transformers 5"]
-    return PersimmonForCausalLM.from_pretrained(folder), oracle(folder)
+    model = PersimmonForCausalLM.from_pretrained(folder)
+    return model, with_transposed_weights(model), oracle(folder)
+
+
+@pytest.fixture(params=["plain", "one-token products"])
+def pair(request, models, monkeypatch):
+    """Our model and transformers', without and with the products for one token that only large models use."""
+    if request.param == "plain":
+        return models[0], models[2]
+    use_one_token_products(monkeypatch)
+    return models[1], models[2]
+
+
+def use_one_token_products(monkeypatch) -> None:
+    """However small the matrices and the cache are."""
+    monkeypatch.setattr(Linear, "large", 0)
+    monkeypatch.setattr(KVCache, "block", 8)
+
+
+def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.large = 0
+            layer.transpose()
+            assert layer.weight.t().is_contiguous() and not layer.weight.is_contiguous()
+    return model
 
 
 def oracle(folder: Path, **options) -> transformers.PersimmonForCausalLM:
@@ -466,6 +496,141 @@ def test_inputs_that_do_not_fit(small):
         small(ids, labels=ids, logits_to_keep=1)
 
 
+# --- one token on a CPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Counter:
+    """Counts of the operations that read a table by rows, while every matrix counts as large."""
+    counts = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    bag, dots = torch.nn.functional.embedding_bag, torch.ops.aten._embedding_bag_per_sample_weights_backward
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", counted("sums", bag))
+    monkeypatch.setattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", counted("dots", dots))
+    use_one_token_products(monkeypatch)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_for_one_row(reads, bias, dtype):
+    layer = Linear(24, 56, bias).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for shape, count in (((1, 1, 24), 1), ((24,), 1), ((2, 1, 24), 0), ((1, 3, 24), 0)):
+        reads.clear()
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            assert close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), tolerance)
+        assert reads["dots"] == count
+    reads.clear()
+    layer(torch.randn(1, 24).to(dtype)).sum().backward()
+    Linear.large = layer.weight.nbytes + 1
+    with torch.no_grad():
+        layer(torch.randn(1, 24).to(dtype))
+    assert not reads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, density", [(1, 0.0), (1, 0.1), (1, 1.0), (3, 0.2), (3, 0.6), (16, 0.05), (17, 0.05)])
+def test_sparse_linear(reads, rows, density, dtype):
+    layer = SparseLinear(400, 24).to(dtype)
+    x = (torch.rand(rows, 1, 400) + 0.5) * (torch.rand(rows, 1, 400) < density)
+    x[rows // 2] = 0  # a row without anything
+    x = x.to(dtype)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()).to(dtype)
+        assert close(layer(x), expected, 1e-5 if dtype == torch.float32 else 0.13)
+    assert reads["sums"] == 0
+    weight = layer.weight.clone()
+    layer.transpose()
+    assert torch.equal(layer.weight, weight) and layer.weight.stride() == (1, 24)
+    with torch.no_grad():
+        assert close(layer(x), expected, 1e-5 if dtype == torch.float32 else 0.13)
+    assert reads["sums"] == (rows <= 16 and x.count_nonzero() <= 600)
+
+
+def test_sparse_linear_reads_only_what_it_needs(reads):
+    """A weight that only zeros multiply may be anything, even NaN."""
+    layer = SparseLinear(40, 24)
+    layer.transpose()
+    layer.weight.data[:, 7] = math.nan
+    x = torch.rand(2, 40)
+    x[:, 7:20] = 0
+    with torch.no_grad():
+        assert layer(x).isfinite().all()
+        x[1, 7] = 1
+        assert layer(x)[0].isfinite().all() and layer(x)[1].isnan().all()
+
+
+@pytest.mark.parametrize("S", [1, 7, 8, 9, 20, 24])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_cpu_attention(monkeypatch, S, is_masked):
+    use_one_token_products(monkeypatch)
+    cache = KVCache(CONFIGS["D16"], 2, 20, torch.float32, "cpu")
+    keys, values = cache.keys[1], cache.values[1]
+    assert keys.shape == values.shape == (2, 3, 24, 16) and keys.stride(3) == 24
+    keys.copy_(torch.randn(keys.shape))
+    values.copy_(torch.randn(keys.shape))
+    q, k, v = torch.randn(2, 3, 1, 16), keys[:, :, :S].clone(), values[:, :, :S].clone()
+    keys[:, :, S:], values[:, :, S:] = math.nan, math.nan  # what is not there yet is not read
+    mask = torch.rand(2, 1, 1, S) < 0.5 if is_masked else None
+    if is_masked:
+        mask[..., S - 1] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert close(cpu_attention(q, keys, values, S, mask), expected, 1e-6)
+
+
+def test_a_pass_uses_the_products(reads, small):
+    model = with_transposed_weights(small)
+    cache = KVCache(model.config, 1, 20, torch.float32, "cpu")
+    with torch.no_grad():
+        model(random_ids(model.config, rows=1, length=9), cache=cache)
+        assert not reads
+        model(random_ids(model.config, rows=1, length=1), cache=cache)
+    layers = model.config.num_hidden_layers
+    assert reads == {"sums": 3 * layers, "dots": 3 * layers + 1}
+
+
+def test_loading_transposes_what_is_large(folders, monkeypatch):
+    folder = folders["D16", "2023"]
+    monkeypatch.setattr(Linear, "large", 48 * 80 * 4)
+    for options, is_transposed in (({}, True), ({"sparse": False}, False)):
+        fractions = []
+        model = PersimmonForCausalLM.from_pretrained(folder, progress=fractions.append, **options)
+        assert fractions == sorted(fractions) and fractions[-1] == 1
+        for name, p in model.named_parameters():
+            assert p.is_contiguous() != (is_transposed and name.endswith("dense_4h_to_h.weight"))
+        for name, p in load_file(folder / "model.safetensors").items():
+            assert torch.equal(model.state_dict()[name], p)
+    monkeypatch.setattr(Linear, "large", 48 * 80 * 4 + 1)
+    assert all(p.is_contiguous() for p in PersimmonForCausalLM.from_pretrained(folder).parameters())
+
+
+def test_one_token_products_in_bfloat16(folders, monkeypatch):
+    """Their error against float32 is at most 1.35 times that of plain operations: biases and scores are rounded apart."""
+    model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"])
+    ids = random_ids(model.config, rows=1, length=150)
+
+    def logits(model: PersimmonForCausalLM) -> torch.Tensor:
+        with torch.no_grad():
+            cache = KVCache(model.config, 1, 150, model.lm_head.weight.dtype, "cpu")
+            return torch.cat([model(ids[:, t : t + 1], cache=cache).logits[0].float() for t in range(150)])
+
+    truth = logits(model)
+    model = model.bfloat16()
+    plain = (logits(model) - truth).square().mean().sqrt()
+    use_one_token_products(monkeypatch)
+    fast = (logits(with_transposed_weights(model)) - truth).square().mean().sqrt()
+    assert 0 < fast <= 1.35 * plain, (fast, plain)
+
+
 # --- the shape comments, executed ------------------------------------------------------------------------------------
 
 SHAPE = re.compile(r"#.*?\(([0-9A-Z][0-9A-Z*/+, ]*)\)")
@@ -485,12 +650,13 @@ def shape_comments() -> dict[int, tuple[int, list[str], list[str]]]:
     return found
 
 
-def test_shape_comments(small):
+def test_shape_comments(small, monkeypatch):
     """Run the model under a tracer that compares what each commented line has assigned with what it says.
 
     Letters are looked up in the config, as local variables, and as the caller's; no two sizes are equal.
     """
-    claims, checked, c = shape_comments(), set(), small.config
+    claims, checked, c, fast = shape_comments(), set(), small.config, with_transposed_weights(small)
+    use_one_token_products(monkeypatch)
     sizes = {"C": c.hidden_size, "F": c.intermediate_size, "L": c.num_hidden_layers, "V": c.vocab_size,
              "H": c.num_attention_heads, "D": c.head_dim, "R": c.rotary_dim}  # fmt: skip
     assert len(set(sizes.values()) | {2, 7, 5, 12, 14}) == len(sizes) + 5
@@ -499,7 +665,9 @@ def test_shape_comments(small):
         end, names, axes = claims[line]
         scope, letters = frame, dict(sizes)
         while scope is not None:
-            own = {name: scope.f_locals[name] for name in "BTSN" if name in scope.f_locals}
+            x = scope.f_locals.get("x")
+            own = dict(zip("BT", x.shape)) if isinstance(x, torch.Tensor) and x.dim() == 3 else {}
+            own |= {name: scope.f_locals[name] for name in "BTSNPMO" if name in scope.f_locals}
             if scope.f_code.co_name == "forward" and scope.f_locals.get("input_ids") is not None:
                 own |= dict(zip("BT", scope.f_locals["input_ids"].shape))
             letters = own | letters
@@ -532,6 +700,8 @@ def test_shape_comments(small):
         options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
         list(generate(small, ids, mask, max_new_tokens=5, **options))
         list(generate(small, ids, max_new_tokens=5))
+        list(generate(fast, ids, mask, max_new_tokens=5))
+        list(generate(fast, ids[:1], max_new_tokens=5))
         cache = KVCache(c, 2, 14, torch.float32, "cpu")
         with torch.no_grad():
             small(ids, cache=cache)
@@ -610,7 +780,7 @@ def test_repetition_penalty_is_that_of_transformers():
 def count_passes(model) -> list[int]:
     """New positions of each forward pass from now on."""
     passes = []
-    model.model.register_forward_hook(lambda module, args, output: passes.append(output.last_hidden_state.shape[1]))
+    model.model.layers[0].register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
     return passes
 
 
