@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument need not wait for it
+    import torch
+
     from persimmon import KVCache, PersimmonForCausalLM, Tokenizer
 
 DEFAULT_PROMPT = "ROMEO:\n"
@@ -64,16 +68,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of weights and arithmetic (default: what config.json says)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--dense", action="store_true", help="on a CPU, read also weights that only zeros multiply, and keep all "
+        "of them mapped from the file")
     add("-c", "--ctx-size", metavar="N", type=int, help="tokens that --chat remembers (default: the model's context)")
     add = parser.add_argument_group("output").add_argument
     add("--logprobs", action="store_true", help="write each new token on a line, after its log-probability in nats")
     add("--json", action="store_true", help="write a JSON object for each text: prompt, text, ids, logprobs, "
         "finish_reason, seed, figures")
     add("-q", "--quiet", action="store_true", help="no figures and no progress")
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--bench", action="store_true", help="instead of text, a table: tokens/s for prompts of 128 and 512 tokens and "
+        "for 64 new ones after 0, 2048 and 8192, beside the speed at which memory can be read")
+    add("--random", metavar="8b[:L]", help="for --bench: random weights in the 8B's shape, with L layers if not 36")
+    add("--density", metavar="P", type=float, default=0.5, help="with --random, the part of the MLP's activations that "
+        "is not zero; about 0.1 in the trained model (default: %(default)s)")
+    add("-r", "--repetitions", metavar="N", type=int, default=3, help="runs of each test (default: %(default)s)")
     args = parser.parse_args(argv)
-    sources = [args.prompt is not None, args.file is not None, args.batch is not None, args.chat]
+    sources = [args.prompt is not None, args.file is not None, args.batch is not None, args.chat, args.bench]
     if sum(sources) > 1:
-        parser.error("give only one of a prompt, --file, --batch and --chat")
+        parser.error("give only one of a prompt, --file, --batch, --chat and --bench")
+    shape, _, layers = (args.random or "8b").partition(":")
+    if shape != "8b" or not (layers or "36").isdecimal() or not 0 < int(layers or 36) <= 1000:
+        parser.error(f"--random {args.random} is no shape: give 8b, or 8b:L for L layers")
+    if args.random and not args.bench:
+        parser.error("--random is for --bench: random weights write nothing")
+    args.layers = int(layers or 36)
     if args.chat and (args.json or args.logprobs or args.num_samples != 1):
         parser.error("--chat goes with neither --json nor --logprobs nor --num-samples")
     if args.json and args.logprobs:
@@ -81,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least, most in (
         ("num_samples", 1, math.inf), ("threads", 1, math.inf), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
         ("temp", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, 2**62),
-        ("repetition_penalty", 0.001, math.inf),
+        ("repetition_penalty", 0.001, math.inf), ("density", 0.001, 0.999), ("repetitions", 1, math.inf),
     ):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -148,6 +167,35 @@ class Sample:
         return self.text[: len(self.text) - max(ends, default=0)]
 
 
+class Density:
+    """Counts the activations that are not zero in front of each SparseLinear, while single tokens pass on a CPU."""
+
+    def __init__(self, model: PersimmonForCausalLM) -> None:
+        from persimmon import SparseLinear
+
+        self.nonzero = self.total = 0
+        self.layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+        self.hooks = [layer.register_forward_pre_hook(self.count) for layer in self.layers]
+
+    def count(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        """A hook in front of a layer."""
+        if inputs[0].shape[-2] == 1 and inputs[0].device.type == "cpu":
+            self.nonzero += int(inputs[0].count_nonzero())
+            self.total += inputs[0].numel()
+
+    def stop(self) -> float | None:
+        """Count no longer; the part of the activations that was not zero."""
+        for hook in self.hooks:
+            hook.remove()
+        return self.nonzero / self.total if self.total else None
+
+    def weights_read(self, model: PersimmonForCausalLM, rows: int) -> float:
+        """Bytes of weights that a pass over one token for each of `rows` texts reads: all that are not skipped."""
+        all_of_them = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+        skipped = max(0.0, 1 - rows * self.nonzero / self.total) if self.total else 0.0
+        return all_of_them - skipped * sum(x.weight.nbytes for x in self.layers if not x.weight.is_contiguous())
+
+
 class Figures(NamedTuple):
     """What a run took."""
 
@@ -157,6 +205,7 @@ class Figures(NamedTuple):
     tokens: int
     tokens_per_second: float
     gigabytes_per_second: float  # of weights read, while tokens after the first were made
+    density: float | None  # part of the MLP's activations that were not zero, in single-token passes on a CPU
 
 
 def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Namespace, seed: int,
@@ -180,6 +229,7 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
         note = ""
 
     print(note, end="", file=sys.stderr, flush=True)
+    density = Density(model)
     start, first, passes = time.perf_counter(), 0.0, 0
     try:
         for step in generate(
@@ -201,13 +251,14 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
         show()
     finally:
         wipe()
+        share = density.stop()
     prefill, decode = (first or start) - start, time.perf_counter() - (first or start)
     count = sum(len(sample.ids) for sample in samples)
-    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    weights = density.weights_read(model, len(samples))
     return Figures(
         prompt_tokens, round(prompt_tokens / prefill, 2) if prefill else 0.0, round(prefill, 3), count,
         round((count - len(samples)) / decode, 2) if passes > 1 else 0.0,
-        round((passes - 1) * weights / decode / 1e9, 2) if passes > 1 else 0.0,
+        round((passes - 1) * weights / decode / 1e9, 2) if passes > 1 else 0.0, share and round(share, 4),
     )
 
 
@@ -328,6 +379,134 @@ def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Names
             say("that line is not UTF-8")
 
 
+def random_model(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> PersimmonForCausalLM:
+    """A model of the 8B's shape with args.layers layers: random weights, the same in each of them.
+
+    Biases before the activation are such that args.density of the activations are not zero.
+    """
+    import torch
+
+    from persimmon import PersimmonConfig, PersimmonForCausalLM, SparseLinear
+
+    config = PersimmonConfig(num_hidden_layers=args.layers)
+    dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
+    with torch.device("meta"):
+        model = PersimmonForCausalLM(config).to(dtype)
+    row = torch.randn(1, config.hidden_size, dtype=dtype, device=device)
+    model.model.embed_tokens.weight = torch.nn.Parameter(row.expand(config.vocab_size, -1), False)  # takes no memory
+    model.lm_head.to_empty(device=device)
+    model.init_weights(model.lm_head)
+    model.model.final_layernorm.to_empty(device=device).reset_parameters()
+    first, *others = model.model.layers
+    for module in first.to_empty(device=device).modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    model.init_weights(first)
+    spread = config.initializer_range * math.sqrt(config.hidden_size)  # of W x, where x has been normalized
+    torch.nn.init.constant_(first.mlp.dense_h_to_4h.bias, spread * statistics.NormalDist().inv_cdf(args.density))
+    for n, block in enumerate(others, start=1):
+        block.to_empty(device=device).load_state_dict(first.state_dict())
+        progress(n / args.layers)
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear) and device == "cpu" and not args.dense:
+            layer.transpose()
+    progress(1.0)
+    return model.eval()
+
+
+def read_bandwidth(device: str) -> float:
+    """GB/s: the best of several reads of 2 GB, by several operations."""
+    import torch
+
+    data = torch.ones(2**29, device=device)  # 2.1 GB
+    best = math.inf
+    for read in (data.sum, data.view(torch.int64).sum, data.amax, data.view(torch.int32).amax) * 4:
+        start = time.perf_counter()
+        read().item()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best / 1e9
+
+
+def bench(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> int:
+    """Print a table in the manner of llama-bench; the exit code.
+
+    ppT reads a prompt of T tokens; tg64 @ S writes 64 tokens, greedily, after S that the cache holds already (they are
+    zeros: what is in it makes no difference to the time). GB/s counts the weights and the cache that were read.
+    """
+    import torch
+
+    from persimmon import KVCache, PersimmonForCausalLM, generate
+
+    bandwidth = read_bandwidth(device)
+    model = (random_model(args, device, progress) if args.random else
+             PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense))
+    config, weight = model.config, model.lm_head.weight
+    params, size = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+    name = f"{args.random} random" if args.random else args.model.name
+    facts = (f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {str(weight.dtype).removeprefix('torch.')} | "
+             f"{device if device != 'cpu' else f'{torch.get_num_threads()} threads'}")
+    rows: list[tuple[str, list[float], float, float | None]] = []  # test, tok/s of each run, GB a token, not zero
+
+    def note(text: str, stays: bool = False) -> None:
+        if sys.stderr.isatty() and not args.quiet:
+            print(f"\r\x1b[K{text}", end="\n" if stays else "", file=sys.stderr, flush=True)
+        elif stays and not args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def test(title: str, T: int, S: int, n: int) -> None:
+        """Write n tokens after a prompt of T of which the cache holds S; the time is that of all passes."""
+        speeds, density = [], Density(model)
+        ids = torch.full((1, T), 71)
+        for run in range(-1, args.repetitions):  # the first one is to warm up
+            note(f"{title}, run {run + 1} of {args.repetitions} ..." if run >= 0 else f"{title} ...")
+            cache = KVCache(config, 1, T + n, weight.dtype, weight.device)
+            for block in (cache.keys, cache.values) if S else ():
+                block.zero_()
+            cache.seek(S)
+            start = time.perf_counter()
+            for _ in generate(model, ids, max_new_tokens=n if run >= 0 else 1, stop_ids=(), cache=cache):
+                pass
+            if run >= 0:
+                speeds.append((T - S + n - 1) / (time.perf_counter() - start))
+        share = density.stop()
+        cached = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * (S + n / 2)
+        read = (density.weights_read(model, 1) + cached) / 1e9 if n > 1 else 0.0  # a prompt is bound by arithmetic
+        rows.append((title, speeds, read, share if n > 1 else None))
+
+    for T in (128, 512):
+        if T < config.max_position_embeddings:
+            test(f"pp{T}", T, 0, 1)
+    for S in (0, 2048, 8192):
+        need = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * (S + 65)
+        if S + 65 > config.max_position_embeddings:
+            note(f"tg64 @ {S} left out: the context is {config.max_position_embeddings}", stays=True)
+        elif device == "cpu" and need > free_memory():
+            note(f"tg64 @ {S} left out: its cache takes {need / 1e9:.1f} GB, more than is free", stays=True)
+        else:
+            test(f"tg64 @ {S}", S + 1, S, 64)
+    note("")
+    bandwidth = max(bandwidth, read_bandwidth(device))
+    print("| model | size | params | dtype | on | test | tok/s | GB/s | of memory's speed | not zero |")
+    print("|---|--:|--:|---|---|--:|--:|--:|--:|--:|")
+    for title, speeds, gigabytes, share in rows:
+        mean, spread = statistics.mean(speeds), statistics.stdev(speeds) if len(speeds) > 1 else 0.0
+        rate = f"{mean * gigabytes:.1f} | {mean * gigabytes / bandwidth:.0%}" if gigabytes else "|"
+        rate += " | " if share is None else f" | {share:.0%}"
+        print(f"| {facts} | {title} | {mean:.2f} ± {spread:.2f} | {rate} |")
+    print(f"\nMemory can be read at {bandwidth:.1f} GB/s here, the best of several tries before and after. Peak memory "
+          f"{peak_memory(device)}.")
+    return 0
+
+
+def free_memory() -> float:
+    """Bytes of memory that are free or hold nothing but files; infinity where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return float(next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), math.inf)) * 1024
+
+
 def peak_memory(device: str) -> str:
     """The most memory this process has had: resident, and on a GPU what PyTorch took there."""
     import torch
@@ -344,7 +523,7 @@ def peak_memory(device: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, and complete or chat; the exit code."""
-    prompts = [] if args.chat else [prompt for prompt in read_prompts(args) for _ in range(args.num_samples)]
+    prompts = [] if args.chat or args.bench else read_prompts(args)
     import torch
 
     from persimmon import PersimmonForCausalLM, Tokenizer
@@ -363,13 +542,15 @@ def run(args: argparse.Namespace) -> int:
             end = "\r\x1b[K" if fraction == 1 else ""
             print(f"\rloading {fraction:4.0%}{end}", end="", file=sys.stderr, flush=True)
 
-    model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress)
+    if args.bench:
+        return bench(args, device, progress)
+    model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense)
     tokenizer = Tokenizer(args.model)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     if args.chat:
         return chat(model, tokenizer, args, seed)
 
-    samples = [Sample(tokenizer, prompt, args) for prompt in prompts]
+    samples = [Sample(tokenizer, prompt, args) for prompt in prompts for _ in range(args.num_samples)]
     show = (lambda: None) if args.json else printer(samples, tokenizer, args)
     for at in range(0, len(samples), ROWS):
         group = samples[at : at + ROWS]
@@ -384,7 +565,8 @@ def run(args: argparse.Namespace) -> int:
                 f"prompt    {figures.prompt_tokens:6} tokens {figures.prompt_tokens_per_second:9.1f} tok/s, "
                 f"first token after {figures.seconds_to_first_token:.2f} s\n"
                 f"generated {figures.tokens:6} tokens {figures.tokens_per_second:9.1f} tok/s, "
-                f"{figures.gigabytes_per_second:.1f} GB/s of weights read\n"
+                f"{figures.gigabytes_per_second:.1f} GB/s of weights read"
+                + (f", {figures.density:.0%} of activations not zero\n" if figures.density is not None else "\n") +
                 f"peak memory {peak_memory(device)}, seed {seed + at}, stopped by {reasons}",
                 file=sys.stderr,
             )
@@ -398,6 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends like any other command
     args = parse(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch then asks for large pages, which are quicker to fill
     if sys.stdin is None or sys.stdout is None:
         return 2  # closed: there is nobody to tell
     sys.stdout.reconfigure(encoding="utf-8")

@@ -21,6 +21,7 @@ import re
 import select
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -614,7 +615,7 @@ def test_loading_transposes_what_is_large(folders, monkeypatch):
 
 
 def test_one_token_products_in_bfloat16(folders, monkeypatch):
-    """Their error against float32 is at most 1.35 times that of plain operations: biases and scores are rounded apart."""
+    """Their error against float32 is at most 1.35 times that of plain operations: biases and scores are rounded."""
     model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"])
     ids = random_ids(model.config, rows=1, length=150)
 
@@ -2072,3 +2073,102 @@ def test_command_line_in_a_terminal():
     terminal.expect(r"reading \d+ tokens \.\.\.\r\x1b\[KROMEO:")
     terminal.expect("peak memory")
     assert terminal.process.wait(timeout=30) == 0
+
+
+# --- run as a script: the benchmark against transformers --------------------------------------------------------------
+
+
+def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
+    """Time our model and transformers' in turns, in one process, on the same random bfloat16 weights of full width.
+
+    Prints medians over the rounds, of each of our ways beside transformers' in the same rounds, and how far logits are
+    from those of transformers.
+    """
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    config = PersimmonConfig(num_hidden_layers=layers, vocab_size=vocab_size, bos_token_id=1, eos_token_id=1)
+    raw = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype", "torch_dtype")}
+    theirs = transformers.PersimmonForCausalLM._from_config(
+        transformers.PersimmonConfig(**raw), dtype=torch.bfloat16).eval()  # fmt: skip
+    with torch.device("meta"):
+        ours = PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    down = [block.mlp.dense_4h_to_h for block in ours.model.layers]
+    plain = [layer.weight.data for layer in down]
+    for layer in down:
+        layer.transpose()
+    transposed = [layer.weight.data for layer in down]
+    ids = random_ids(config, rows=1, length=512)
+    memory = torch.ones(2**29)  # 2.1 GB
+    size = sum(p.nbytes for p in ours.parameters()) - ours.model.embed_tokens.weight.nbytes
+
+    def use(weights: list[torch.Tensor], density: float) -> None:
+        for layer, weight in zip(down, weights):
+            layer.weight.data = weight
+        shift = 0.02 * 64 * statistics.NormalDist().inv_cdf(density)  # of W x with x normalized: 0.02 * sqrt(C) wide
+        for block in ours.model.layers:  # the biases are the same tensors in both models
+            block.mlp.dense_h_to_4h.bias.fill_(shift)
+
+    def seconds(function) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def decode(S: int, n: int = 16) -> float:
+        cache = KVCache(config, 1, S + 17 + n, torch.bfloat16, "cpu")
+        cache.keys.zero_(), cache.values.zero_(), cache.seek(S)
+        ours(ids[:, :16], cache=cache, logits_to_keep=1)
+        return seconds(lambda: [ours(ids[:, i : i + 1], cache=cache, logits_to_keep=1) for i in range(n)]) / n
+
+    def their_decode(n: int = 16) -> float:
+        cache = theirs(ids[:, :16], use_cache=True, logits_to_keep=1).past_key_values
+        return seconds(
+            lambda: [theirs(ids[:, i : i + 1], past_key_values=cache, logits_to_keep=1) for i in range(n)]
+        ) / n  # fmt: skip
+
+    def our_prefill() -> float:
+        cache = KVCache(config, 1, 600, torch.bfloat16, "cpu")
+        return seconds(lambda: ours(ids, cache=cache, logits_to_keep=1))
+
+    ways = {  # name: (weights of the sparse layers, density, what is timed, what to compare with)
+        "transformers, decode": (plain, 0.5, their_decode, None),
+        "decode, half zeros": (transposed, 0.5, lambda: decode(0), "transformers, decode"),
+        "decode, 90% zeros": (transposed, 0.1, lambda: decode(0), "transformers, decode"),
+        "decode, all weights read": (plain, 0.5, lambda: decode(0), "transformers, decode"),
+        "decode after 8192, half zeros": (transposed, 0.5, lambda: decode(8192), "decode, half zeros"),
+        "transformers, prompt of 512": (plain, 0.5, lambda: seconds(lambda: theirs(ids, logits_to_keep=1)), None),
+        "prompt of 512": (transposed, 0.5, our_prefill, "transformers, prompt of 512"),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    reads = []
+    for n in range(rounds + 1):  # the first round is to warm up
+        for way, (weights, density, function, _) in ways.items():
+            print(f"round {n} of {rounds}: {way}", end=" \x1b[K\r", file=sys.stderr, flush=True)
+            use(weights, density)
+            reads.append(memory.nbytes / 1e9 / min(seconds(memory.sum), seconds(memory.view(torch.int32).amax)))
+            times[way].append(function())
+    median = {way: statistics.median(values[1:]) for way, values in times.items()}
+    print(f"full width, {layers} layers, vocabulary {vocab_size}, random weights, bfloat16, {torch.get_num_threads()} "
+          f"threads; torch {torch.__version__}, transformers {transformers.__version__}; {rounds} rounds\n"
+          f"{size / 1e9:.2f} GB of weights for a token; memory was read at {statistics.median(reads):.1f} GB/s (median; "
+          f"best {max(reads):.1f})\n")  # fmt: skip
+    for way, (*_, other) in ways.items():
+        ratios = [b / a for a, b in zip(times[way][1:], times.get(other, [])[1:])]
+        ratio = f"   {statistics.median(ratios):5.2f} x the speed of: {other}" if ratios else ""
+        print(f"{way:32} {1e3 * median[way]:8.1f} ms{ratio}")
+    full = size / median["decode, all weights read"] / 1e9
+    print(f"\nwith all weights read: {full:.1f} GB/s, {full / statistics.median(reads):.0%} of the median read")
+    use(transposed, 0.5)
+    cache = KVCache(config, 1, 300, torch.bfloat16, "cpu")
+    a = torch.cat([ours(ids[:, i : i + 1], cache=cache).logits for i in range(48)], 1).float()
+    b, c = theirs(ids[:, :48]).logits.float(), ours(ids[:, :48]).logits.float()
+    print(f"logits (their standard deviation is {b.std():.3f}), root mean square of what differs from transformers: "
+          f"{(a - b).square().mean().sqrt():.4f} token by token, {(c - b).square().mean().sqrt():.4f} in one go")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=benchmark.__doc__.splitlines()[0] + " The tests: pytest.")
+    parser.add_argument("--layers", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    benchmark(**vars(parser.parse_args()))
