@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument need not wait for it
     import torch
 
-    from persimmon import KVCache, PersimmonForCausalLM, Tokenizer
+    from persimmon import KVCache, PersimmonConfig, PersimmonForCausalLM, Tokenizer
 
 DEFAULT_PROMPT = "ROMEO:\n"
 ROWS = 16  # texts written at once: a pass reads the same weights for all of them
@@ -379,17 +379,13 @@ def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Names
             say("that line is not UTF-8")
 
 
-def random_model(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> PersimmonForCausalLM:
-    """A model of the 8B's shape with args.layers layers: random weights, the same in each of them.
-
-    Biases before the activation are such that args.density of the activations are not zero.
-    """
+def random_model(config: PersimmonConfig, density: float, dtype: torch.dtype, device: str, sparse: bool,
+                 progress: Callable[[float], None]) -> PersimmonForCausalLM:
+    """Random weights, the same in each layer, and biases that leave `density` of the MLP's activations nonzero."""
     import torch
 
-    from persimmon import PersimmonConfig, PersimmonForCausalLM, SparseLinear
+    from persimmon import PersimmonForCausalLM, SparseLinear
 
-    config = PersimmonConfig(num_hidden_layers=args.layers)
-    dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
     with torch.device("meta"):
         model = PersimmonForCausalLM(config).to(dtype)
     row = torch.randn(1, config.hidden_size, dtype=dtype, device=device)
@@ -403,12 +399,12 @@ def random_model(args: argparse.Namespace, device: str, progress: Callable[[floa
             module.reset_parameters()
     model.init_weights(first)
     spread = config.initializer_range * math.sqrt(config.hidden_size)  # of W x, where x has been normalized
-    torch.nn.init.constant_(first.mlp.dense_h_to_4h.bias, spread * statistics.NormalDist().inv_cdf(args.density))
+    torch.nn.init.constant_(first.mlp.dense_h_to_4h.bias, spread * statistics.NormalDist().inv_cdf(density))
     for n, block in enumerate(others, start=1):
         block.to_empty(device=device).load_state_dict(first.state_dict())
-        progress(n / args.layers)
+        progress(n / config.num_hidden_layers)
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and device == "cpu" and not args.dense:
+        if isinstance(layer, SparseLinear) and device == "cpu" and sparse:
             layer.transpose()
     progress(1.0)
     return model.eval()
@@ -435,11 +431,15 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     """
     import torch
 
-    from persimmon import KVCache, PersimmonForCausalLM, generate
+    from persimmon import KVCache, PersimmonConfig, PersimmonForCausalLM, generate
 
     bandwidth = read_bandwidth(device)
-    model = (random_model(args, device, progress) if args.random else
-             PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense))
+    if args.random:
+        dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
+        config = PersimmonConfig(num_hidden_layers=args.layers)
+        model = random_model(config, args.density, dtype, device, not args.dense, progress)
+    else:
+        model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense)
     config, weight = model.config, model.lm_head.weight
     params, size = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
     name = f"{args.random} random" if args.random else args.model.name

@@ -1817,6 +1817,7 @@ def test_command_line_writes_text():
     assert first.stdout == second.stdout and first.stdout.decode().startswith("ROMEO:\n") and len(first.stdout) > 40
     assert first.stdout != sample_py("--seed", "8", "-n", "30").stdout
     figures = first.stderr.decode()
+    assert re.search(r"\d+% of activations not zero\n", figures)
     for figure in ("prompt ", " tok/s", "first token after", "generated     30 tokens", "GB/s", "peak memory", "seed 7",
                    "stopped by length"):  # fmt: skip
         assert figure in figures, figures
@@ -1848,6 +1849,9 @@ def test_command_line_options():
      (["--device", "abacus"], "--device abacus is not available on this machine"), (["", "--no-bos"], "with a token at least"),
      (["word " * 3000], "and leaves no room for another one: the context limit is"),
      (["--device", "meta"], "--device meta is not available"), (["a", "--chat"], "only one of"),
+     (["a", "--bench"], "only one of"), (["--random", "8b"], "--random is for --bench"),
+     (["--bench", "--random", "7b"], "7b is no shape"), (["--bench", "--random", "8b:x"], "8b:x is no shape"),
+     (["--bench", "--density", "0"], "--density 0.0 is out of range"), (["--bench", "-r", "0"], "--repetitions 0 is"),
      (["a\udc80"], "not valid Unicode"), (["-"], "standard input is not UTF-8: invalid start byte at byte 1")],
 )  # fmt: skip
 def test_command_line_errors(arguments, message):
@@ -1855,6 +1859,48 @@ def test_command_line_errors(arguments, message):
     error = result.stderr.decode(errors="replace")
     assert result.returncode == 2 and result.stdout == b"" and message in error, error
     assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_bench():
+    result = sample_py("--bench", "-r", "2")
+    error, lines = result.stderr.decode(), result.stdout.decode().splitlines()
+    assert result.returncode == 0 and "tg64 @ 2048 left out: the context is 1024" in error
+    speed = float(re.search(r"Memory can be read at ([\d.]+) GB/s", lines[-1])[1])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| tiny")]
+    assert [row[5] for row in rows] == ["pp128", "pp512", "tg64 @ 0"] and {row[3] for row in rows} == {"bfloat16"}
+    for row in rows:
+        mean, spread = map(float, row[6].split(" ± "))
+        assert mean > 0 and spread >= 0 and len(row) == 10
+    tokens, gigabytes, share = (float(cell.strip("%")) for cell in (rows[2][6].split()[0], *rows[2][7:9]))
+    config, tensors = PersimmonConfig.from_pretrained(TINY), load_file(TINY / "model.safetensors")
+    weights = sum(p.numel() for name, p in tensors.items() if "embed" not in name) * 2
+    cached = 2 * config.num_hidden_layers * config.hidden_size * 2 * 32
+    assert gigabytes == pytest.approx(tokens * (weights + cached) / 1e9, rel=0.01, abs=0.051)
+    assert share == pytest.approx(100 * gigabytes / speed, abs=1)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_random_model_and_its_density(density, monkeypatch):
+    """The density of random weights is what was asked for, and what is said to be read depends on it."""
+    use_one_token_products(monkeypatch)
+    config = replace(CONFIGS["D64"], hidden_size=512, intermediate_size=1024)
+    fractions = []
+    model = sample_script.random_model(config, density, torch.float32, "cpu", True, fractions.append)
+    assert fractions[-1] == 1 and all(p.isfinite().all() for p in model.parameters())
+    counted = sample_script.Density(model)
+    for step in generate(model, torch.tensor([[7]]), max_new_tokens=30):
+        assert math.isfinite(step.logprobs[0])
+    assert counted.stop() == pytest.approx(density, abs=0.05)
+    down = 3 * 512 * 1024 * 4
+    weights = sum(p.nbytes for p in model.parameters()) - 151 * 512 * 4
+    for rows in (1, 2, 12):
+        read = counted.weights_read(model, rows)
+        assert read == pytest.approx(weights - max(0, 1 - rows * density) * down, rel=0.02)
+    total = counted.total
+    list(generate(model, torch.tensor([[7]]), max_new_tokens=2))
+    assert counted.total == total
+    dense = sample_script.random_model(config, density, torch.float32, "cpu", False, fractions.append)
+    assert sample_script.Density(dense).weights_read(dense, 1) == weights
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut off", "only .bin", "not safetensors", "shard missing"])
