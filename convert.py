@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import persimmon
-from persimmon import PersimmonConfig, Tokenizer, tensor_files
+from persimmon import PersimmonConfig, PersimmonForCausalLM, Tokenizer, tensor_files
 
 PIECE = 1 << 26  # bytes that are copied at once
 MD5 = {  # of Adept's two releases, from their README
@@ -525,6 +525,24 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
     return write_seconds, checking.seconds()
 
 
+def quantize_folder(folder: Path, kind: str, group_size: int, total: int) -> str:
+    """Replace the weights in a folder, `total` bytes, by quantized ones (section 10 of persimmon.py); what to say."""
+    shown = Progress("quantizing ", total)
+    model = PersimmonForCausalLM.from_pretrained(
+        folder, quantize=kind, group_size=group_size,
+        progress=lambda fraction: shown.add(round(fraction * total) - shown.done))
+    new = folder / "quantized"
+    model.save_pretrained(new)
+    del model  # it is mapped from the files that are removed now
+    for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        old.unlink()
+    for file in new.iterdir():
+        file.replace(folder / file.name)
+    new.rmdir()
+    size = (folder / "model.safetensors").stat().st_size
+    return f"quantized   {shown.seconds():.1f} s, {kind}, {size / 1e9:.2f} GB\n"
+
+
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
@@ -566,7 +584,7 @@ def run(args: argparse.Namespace) -> int:
     total = sum(item.nbytes for item in plan)
     room = next(p for p in output.parents if p.exists())
     free = shutil.disk_usage(room).free
-    needed = total * 1.01 + len(vocabulary)
+    needed = total * (1.6 if args.quantize else 1.01) + len(vocabulary)
     require(free > needed, f"{room} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
     print(f"source      {source.kind}, {len(source.tensors)} tensors\n"
           f"output      {sum(math.prod(item.shape) for item in plan):,} parameters, {total / 1e9:.2f} GB in "
@@ -580,6 +598,7 @@ def run(args: argparse.Namespace) -> int:
     scratch.mkdir(parents=True)
     try:
         written, checked = write_folder(scratch, source, plan, config, vocabulary, args.shard_size)
+        quantized = quantize_folder(scratch, args.quantize, args.group_size, total) if args.quantize else ""
         if output.exists():
             output.rename(replaced)
         scratch.rename(output)
@@ -587,7 +606,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     print(f"written     {written:.1f} s, {total / 1e9 / max(written, 1e-9):.2f} GB/s\n"
-          f"read back   {checked:.1f} s\n\n    python sample.py --model {args.output}")
+          f"read back   {checked:.1f} s\n{quantized}\n    python sample.py --model {args.output}")
     return 0
 
 
@@ -601,6 +620,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("output", metavar="OUTPUT", type=Path, help="folder to make")
     add("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep", help="(default: %(default)s)")
     add("--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="of a file (default: %(default)s)")
+    add("--quantize", choices=("int8", "int4"), help="store the matrices in 8 or 4 bits, for persimmon.py alone")
+    add("--group-size", metavar="G", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale "
+        "with --quantize int4: 32, 64 or 128 (default: %(default)s)")
     add("--tokenizer", metavar="FILE", type=Path, help="adept_vocab.model or tokenizer.model, where SOURCE has none")
     add("--drop-unused", action="store_true", help="leave out the vocabulary's rows 3 to 70002, which are kept for "
         "images and never used: 1.15 GB less in 16 bit, the same text")

@@ -26,7 +26,7 @@ What is odd about Persimmon, and easy to miss (below, "the original" is persimmo
  6. `|ENDOFTEXT|`, id 71013, both begins and ends a text; the hub's tokenizer_config.json puts it before a prompt.
  7. Ids 3 to 70002 are reserved for images and unused: their logits exist, and stay near -17.
 
-Left out: quantization, tensor parallelism, RoPE scaling, tied embeddings, beam search, sequences packed into one row. A
+Left out: tensor parallelism, RoPE scaling, tied embeddings, beam search, sequences packed into one row. A
 config that asks for such a thing is refused, not half followed.
 """
 
@@ -108,6 +108,8 @@ class PersimmonConfig:
     id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
     problem_type: str | None = None  # of sequence classification; None: by the labels, see classification_loss
     classifier_dropout: float | None = None  # in training, before token classification's head; None: hidden_dropout
+    quantize: str | None = None  # "int8" or "int4": how the matrices are stored, see section 10
+    group_size: int = 128  # with int4, inputs that share a scale: 32, 64 or 128
 
     def __post_init__(self) -> None:
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, str]": dict}
@@ -132,6 +134,8 @@ class PersimmonConfig:
                  f"config key num_labels = {self.num_labels}, but id2label has {len(self.id2label or {})} labels")
         _require(self.problem_type in (None, *PROBLEM_TYPES), f"config key problem_type = {self.problem_type!r} is not "
                  f"supported: use one of {', '.join(PROBLEM_TYPES)}")
+        _require(self.quantize in (None, "int8", "int4"), f"quantize = {self.quantize!r} is neither int8 nor int4")
+        _require(self.group_size in (32, 64, 128), f"group_size = {self.group_size} is none of 32, 64 and 128")
         if self.dtype is not None:
             _as_dtype(self.dtype)
 
@@ -157,7 +161,10 @@ class PersimmonConfig:
         for key in ("rope_scaling", "rope_parameters"):
             _require(isinstance(raw.get(key) or {}, dict), f"config key {key} = {raw.get(key)!r} is not an object")
             rope |= raw.get(key) or {}
-        values = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype")}
+        values = {**raw, **rope, "dtype": raw.get("dtype") or raw.get("torch_dtype"), "quantize": None}
+        quantization = raw.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "persimmon.py":
+            values |= {"quantization_config": None, **{k: quantization.get(k) for k in ("quantize", "group_size")}}
         if isinstance(values["dtype"], str):
             values["dtype"] = values["dtype"].removeprefix("torch.")
         if isinstance(values.get("id2label"), dict):
@@ -178,8 +185,11 @@ class PersimmonConfig:
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, with RoPE and dtype spelled for old and for new versions of transformers."""
         rope = {name: getattr(self, name) for name in ("rope_theta", "partial_rotary_factor")}
-        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **asdict(self),
-                "torch_dtype": self.dtype, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope}}
+        values = asdict(self)
+        quantization = {"quant_method": "persimmon.py", **{key: values.pop(key) for key in ("quantize", "group_size")}}
+        return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False, **values,
+                "torch_dtype": self.dtype, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope},
+                **({"quantization_config": quantization} if self.quantize else {})}
 
 
 # --- 2. Rotary positions (RoPE; Su et al., arXiv 2104.09864) ----------------------------------------------------------
@@ -279,7 +289,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
         is_row = x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if is_row and self.weight.nbytes >= self.large and self.weight.is_contiguous():
+        if is_row and self.weight.nbytes >= self.large:
             O = self.out_features
             rows = torch.arange(O, dtype=torch.int32)  # (O)
             bags = torch.zeros_like(rows)  # (O), all in the first bag, which has x as its gradient
@@ -287,6 +297,24 @@ class Linear(nn.Linear):
             y = dots(x.view(1, -1), self.weight, rows, bags[:1], bags, 0)
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def nonzero_bags(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """For x (..., F): columns of what is not zero, row after row, the values, and where bags of them start, (B, bags).
+
+    None where x is not sparse enough, has too many rows B, is not on a CPU, or has a gradient.
+    """
+    F = x.shape[-1]
+    B = x.numel() // F
+    if B > 16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    row, column = x.reshape(B, F).nonzero(as_tuple=True)
+    if len(row) > 1.5 * F:  # measured: from there on F.linear is about as quick
+        return None
+    bags = 4 * torch.get_num_threads()  # for each row: cores share the work by the bag
+    count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
+    start = count.cumsum(0) - count + count * torch.arange(bags) // bags  # (B, bags)
+    return column, x.reshape(B, F)[row, column], start
 
 
 class SparseLinear(Linear):
@@ -304,19 +332,14 @@ class SparseLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
-        B = x.numel() // self.in_features
         table = self.weight.t()  # (F, C)
-        if B <= 16 and table.is_contiguous() and x.device.type == "cpu" and not torch.is_grad_enabled():
-            row, column = x.view(B, -1).nonzero(as_tuple=True)
-            if len(row) <= 1.5 * self.in_features:  # with more, F.linear is about as quick
-                bags = 4 * torch.get_num_threads()  # for each row of x, since cores share the work by the bag
-                count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
-                start = count.cumsum(0) - count + count * torch.arange(bags) // bags  # (B, bags)
-                y = nn.functional.embedding_bag(column, table, start.flatten(), mode="sum",
-                                                per_sample_weights=x.view(B, -1)[row, column])  # (B*bags, C)
-                y = y.view(*x.shape[:-1], bags, -1).sum(-2, dtype=torch.float32)
-                return (y if self.bias is None else y + self.bias).to(x.dtype)
-        return super().forward(x)
+        bags = nonzero_bags(x) if table.is_contiguous() else None
+        if bags is None:
+            return super().forward(x)
+        column, value, start = bags
+        y = nn.functional.embedding_bag(column, table, start.flatten(), mode="sum", per_sample_weights=value)
+        y = y.view(*x.shape[:-1], start.shape[1], -1).sum(-2, dtype=torch.float32)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor | None) -> Tensor:
@@ -488,19 +511,24 @@ class PersimmonPreTrainedModel(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
                         device: str | torch.device | None = None,
                         progress: Callable[[float], None] | None = None, sparse: bool = True,
-                        **changes: Any) -> PersimmonPreTrainedModel:
+                        quantize: str | None = None, group_size: int = 128, **changes: Any) -> PersimmonPreTrainedModel:
         """The model in `folder`, which holds config.json and safetensors, in eval mode.
 
         On the CPU, in the file's own dtype, weights are memory-mapped: pages are read on first use, and training never
         changes the file. With `sparse`, those of large SparseLinear layers, a quarter of all, are not: they are
-        transposed into memory. dtype "auto" is config.json's, else the file's; device None is the CPU. progress is
-        called with the fraction that is loaded. changes replace values of config.json, as in num_labels=3. A classifier
-        that is loaded from a language model's folder gets a new head, with a warning.
+        transposed into memory. quantize = "int8" or "int4" (with groups of group_size inputs) quantizes 16-bit weights,
+        one matrix after the other; a folder of quantized ones needs no such word. dtype "auto" is config.json's, else
+        the file's; device None is the CPU. progress is called with the fraction that is done. changes replace
+        values of config.json, as in num_labels=3. A classifier that is loaded from a language model's folder gets a new
+        head, with a warning.
 
         Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
         damaged, or whose tensors are not exactly the model's (but for the exceptions that `load` lists).
         """
-        return load(cls, Path(folder), dtype, device, progress, sparse, changes)
+        if quantize is None:
+            return load(cls, Path(folder), dtype, device, progress, sparse, changes)
+        model = load(cls, Path(folder), dtype, device, None, False, changes)
+        return quantize_model(model, quantize, group_size, progress)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which from_pretrained and transformers read.
@@ -711,12 +739,14 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
     config = replace(PersimmonConfig.from_pretrained(folder), **changes)
     with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights, uncopied
-        model = cls(config)
+        model = cls(replace(config, quantize=None))
+        if config.quantize is not None:
+            quantize_model(model, config.quantize, config.group_size)
 
     # The files have to hold exactly the model's tensors, with these exceptions: names that may be left over there, the
     # `model.` in front of names, which PersimmonModel does without, and a classifier's head, which they may lack.
     files = tensor_files(folder)
-    own = {name.removeprefix("model."): (name, tuple(p.shape)) for name, p in model.state_dict().items()}
+    own = {name.removeprefix("model."): (name, p) for name, p in model.state_dict().items()}
     head = {name for name in own if name.startswith("score.") and not any(n.startswith("score.") for n in files)}
     ignored = ["rotary_emb.inv_freq"]  # computed here; some older versions store it
     if head or cls is PersimmonModel:
@@ -738,18 +768,19 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     opened = {file: _open(file) for file in set(files.values())}
     state = {}
     for bare_name, name in stored.items():
-        (own_name, shape), file = own[bare_name], files[name]
+        (own_name, empty), file = own[bare_name], files[name]
         _require(name in opened[file].keys(), f"{file} lacks the tensor {name}, which the index places there")
         tensor = opened[file].get_tensor(name)  # mapped: nothing is read yet
-        found = tuple(tensor.shape)
+        found, shape, is_float = tuple(tensor.shape), tuple(empty.shape), empty.is_floating_point()
         _require(found == shape, f"{file} has the tensor {name} in shape {found}: config.json makes it {shape}")
-        _require(tensor.is_floating_point(), f"{file} has the tensor {name} as {tensor.dtype}: weights are floats")
-        target = target or tensor.dtype
-        state[own_name] = tensor.to(device or "cpu", target)
+        _require(tensor.is_floating_point() == is_float and (is_float or tensor.dtype == empty.dtype),
+                 f"{file} has the tensor {name} as {tensor.dtype}: config.json makes it {empty.dtype}")
+        target = target or (tensor.dtype if is_float else None)
+        state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         if progress is not None:
             progress(len(state) / (len(stored) + len(to_transpose)))
     for name in head:
-        state[name] = torch.zeros(own[name][1], dtype=target, device=device)
+        state[name] = torch.zeros(own[name][1].shape, dtype=target, device=device)
         if name.endswith("weight"):
             state[name].normal_(std=config.initializer_range)
     model.load_state_dict(state, assign=True)
@@ -765,7 +796,7 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {"architectures": [type(model).__name__], **replace(model.config, dtype=dtype).to_dict()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.unfinished-") as scratch:
@@ -946,7 +977,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
     are not numbers, which float16 can bring about.
     """
-    config, device = model.config, model.lm_head.weight.device
+    config, embedding = model.config, model.model.embed_tokens.weight
+    device = embedding.device
     limit = config.max_position_embeddings
     if cache is not None:
         limit = min(limit, cache.keys.shape[3])
@@ -978,7 +1010,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     steps = min(max_new_tokens, limit - min(lengths))
     is_padded = min(lengths) < T
     if cache is None:
-        cache = KVCache(config, B, T + steps - 1, model.lm_head.weight.dtype, device)
+        cache = KVCache(config, B, T + steps - 1, embedding.dtype, device)
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
@@ -1012,3 +1044,212 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         yield Step(tokens, logprobs, list(reasons))
         if None not in reasons:
             return
+
+
+# --- 10. Quantization -------------------------------------------------------------------------------------------------
+#
+# Matrices in 8 or 4 bits: a fraction of the memory and, since decoding is bound by reading weights, a multiple of the
+# speed. Every Linear but a classifier's head is replaced; the embedding, of which a pass reads one row a token, norms
+# and biases stay as they are. Stored, readable with numpy (O outputs, C inputs, groups of g = group_size inputs):
+#
+#   int8  weight int8 (O, C), scale (O)         W[o, c] = scale[o] * weight[o, c]
+#   int4  weight uint8 (O/64, C, 32), with O    byte [n, c, j] holds the numbers 0 ... 15 of outputs 64*n + j (low half)
+#         rounded up to a multiple of 64        and 64*n + 32 + j (high half), as PyTorch's AVX-512 kernel reads them
+#         scale (C/g, O, 2)                     W[o, c] = scale[c//g, o, 0] * (number - 8) + scale[c//g, o, 1]
+#   dense_4h_to_h has F inputs, C outputs, in   row f holds C bytes, a float32 scale and a float32 offset
+#   both: weight uint8 (F, C + 8)               W[c, f] = scale * byte + offset; most of these rows are not read
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + b with W in few bits: by a kernel of PyTorch's for few rows on a CPU, else by blocks of plain numbers.
+
+    Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
+    """
+
+    def __init__(self, linear: nn.Linear, group_size: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.group_size, self.bias = group_size, linear.bias
+        self.block = max(64, 2**22 // self.in_features // 64 * 64)  # outputs whose weights stay in the CPU's cache
+        weight = linear.weight.detach()
+        _require(weight.is_meta or bool(weight.isfinite().all()), "weights that are not finite can't be quantized")
+        for name, tensor in self.quantized(weight).items():
+            self.register_buffer(name, tensor)
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is stored for weight (O, C)."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x W[start:stop]^T for x (..., C), with W turned into plain numbers; start is a multiple of 64."""
+        raise NotImplementedError
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x W^T for x (..., C) by a kernel that reads W as it is stored, (..., O); None where that does not work."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., O)"""
+        is_few = x.numel() <= 16 * self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
+        y = self.few_rows(x) if is_few else None
+        if y is None:
+            edges = [*range(0, self.out_features, self.block), self.out_features]
+            y = torch.cat([self.product(x, start, stop) for start, stop in zip(edges, edges[1:])], dim=-1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def kernel(name: str) -> Callable[..., Tensor] | None:
+    """One of PyTorch's private operators, like "aten._weight_int8pack_mm"; None, and a warning, where it is gone."""
+    namespace, _, operator = name.partition(".")
+    found = getattr(getattr(torch.ops, namespace), operator, None)
+    if found is None:
+        warnings.warn(f"this PyTorch has no {name}: quantized weights are used without it, slowly", stacklevel=2)
+    return found
+
+
+class Int8Linear(QuantizedLinear):
+    """8 bits, symmetric, a scale for each output."""
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (O, C) -> weight int8 (O, C) and scale (O)."""
+        scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a row of zeros
+        parts = [(w / s[:, None]).round().clamp(-127, 127).to(torch.int8)
+                 for w, s in zip(weight.split(128), scale.float().split(128))]
+        return {"weight": torch.cat(parts), "scale": scale}
+
+    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x (..., C) -> (..., stop - start)"""
+        return (x @ self.weight[start:stop].to(x.dtype).t()) * self.scale[start:stop].to(x.dtype)
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x (..., C) -> (..., O)"""
+        product = kernel("aten._weight_int8pack_mm")
+        if product is None:
+            return None
+        return product(x.reshape(-1, self.in_features), self.weight, self.scale).view(*x.shape[:-1], -1)
+
+
+class Int4Linear(QuantizedLinear):
+    """4 bits, a scale and an offset for each group of inputs and each output."""
+
+    packed: Tensor | None = None  # the weight as PyTorch's kernel on this machine wants it
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (O, C) -> weight uint8 (O/64, C, 32) and scale (C/g, O, 2), with O rounded up to a multiple of 64."""
+        (O, C), g = weight.shape, self.group_size
+        _require(C % g == 0, f"a matrix of {C} inputs can't be quantized in groups of {g}")
+        weight = nn.functional.pad(weight, (0, 0, 0, -O % 64)) if O % 64 else weight
+        nibbles, scales = zip(*(self.quantized_groups(rows.unflatten(1, (-1, g))) 
+                                for rows in weight.split(len(weight) if weight.is_meta else 64)))
+        halves = torch.cat(nibbles).flatten(1).unflatten(0, (-1, 2, 32))  # (O/64, 2, 32, C)
+        return {"weight": (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous(),
+                "scale": torch.cat(scales).transpose(0, 1).contiguous()}
+
+    def quantized_groups(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight (64, C/g, g) -> numbers 0 ... 15 as uint8 (64, C/g, g) and scale (64, C/g, 2).
+
+        Small squared errors are sought by starting from the whole range of a group and from 0.9 of it, and twice
+        fitting a straight line through (number, weight), which gives a better scale and offset. The best one counts.
+        """
+        w = weight.float()
+        least, most = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        best: tuple[Tensor, ...] | None = None
+        for part in (1.0, 0.9):
+            scale, offset = (most - least) * part / 15, least * part
+            for fit in range(3):
+                # what is stored is rounded, and the offset belongs to number 8
+                scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype).float()
+                offset = (offset + 8 * scale).to(weight.dtype).float() - 8 * scale
+                number = ((w - offset) / scale).round_().clamp_(0, 15)
+                error = (number * scale).add_(offset).sub_(w).square_().sum(-1, keepdim=True)
+                if best is None:
+                    best = error, scale, offset, number
+                else:
+                    best = tuple(torch.where(error < best[0], new, old)
+                                 for new, old in zip((error, scale, offset, number), best))
+                centered = number - number.mean(-1, keepdim=True)
+                slope = (centered * w).sum(-1, keepdim=True) / centered.square().sum(-1, keepdim=True)
+                scale = torch.where(slope > 0, slope, scale)  # no slope: all numbers are the same
+                offset = w.mean(-1, keepdim=True) - scale * number.mean(-1, keepdim=True)
+        _, scale, offset, number = best
+        return number.to(torch.uint8), torch.cat((scale, offset + 8 * scale), dim=-1).to(weight.dtype)
+
+    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x (..., C) -> (..., stop - start)"""
+        number = self.numbers(start, stop).view(torch.int8).sub_(8).to(x.dtype).unflatten(0, (-1, self.group_size))
+        scale, offset = self.scale[:, start:stop].to(x.dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (C/g, 1, O)
+        return x @ number.mul_(scale).add_(offset).flatten(0, 1)
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        """The numbers 0 ... 15 of outputs start ... stop, by input: uint8 (C, stop - start)."""
+        packed = self.weight[start // 64 : -(-stop // 64)]
+        return torch.cat((packed & 15, packed >> 4), dim=2).transpose(0, 1).flatten(1)[:, : stop - start]
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x (..., C) -> (..., O)"""
+        product, pack = kernel("aten._weight_int4pack_mm_for_cpu"), kernel("aten._convert_weight_to_int4pack_for_cpu")
+        if product is None or pack is None:
+            return None
+        if self.packed is None:  # without AVX-512 the kernel wants another order: that is a copy then
+            sample = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
+            halves = sample.to(torch.uint8).view(2, 2, 32, 64)
+            is_own_order = torch.equal(pack(sample, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
+            numbers = self.numbers(0, self.weight.shape[0] * 64).t()
+            self.packed = self.weight if is_own_order else pack(numbers.to(torch.int32).contiguous(), 1)
+        y = product(x.reshape(-1, self.in_features), self.packed.view(-1, self.in_features // 2), self.group_size,
+                    self.scale.to(x.dtype))
+        return y[:, : self.out_features].view(*x.shape[:-1], -1)
+
+
+class Int8SparseLinear(QuantizedLinear):
+    """8 bits, a scale and an offset for each input, stored by input: the rows that only zeros multiply are not read."""
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (C, F) -> weight uint8 (F, C + 8): C bytes, then a float32 scale and a float32 offset."""
+        parts = []
+        for w in weight.split(128, dim=1):
+            w = w.t().float()  # 128 inputs by C
+            offset = w.amin(1, keepdim=True)
+            scale = (w.amax(1, keepdim=True) - offset) / 255
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            number = ((w - offset) / scale).round().clamp(0, 255).to(torch.uint8)
+            parts.append(torch.cat((number, scale.view(torch.uint8), offset.view(torch.uint8)), dim=1))
+        return {"weight": torch.cat(parts)}
+
+    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x (..., F) -> (..., stop - start)"""
+        number = (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, exact in bfloat16
+        scale, offset = self.weight[:, -8:].contiguous().view(torch.float32).split(1, dim=1)  # (F, 1)
+        return x @ number.mul_(scale.to(x.dtype)).add_((offset + 128 * scale).to(x.dtype))
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x (..., F) -> (..., C)"""
+        product, bags = kernel("quantized.embedding_bag_byte_rowwise_offsets"), nonzero_bags(x)
+        if product is None or bags is None:
+            return None
+        column, value, start = bags
+        y = product(self.weight, column, start.flatten(), mode=0, per_sample_weights=value.float())
+        return y.view(*x.shape[:-1], start.shape[1], -1).sum(-2)
+
+
+def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int = 128,
+                   progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
+    """Replace, one after the other, each Linear of `model` but a classifier's head; the model itself is returned.
+
+    kind is "int8" or "int4". Raises ValueError for a model that is quantized already, and for weights that can't be.
+    """
+    _require(model.config.quantize is None, f"the model is quantized already, in {model.config.quantize}")
+    model.config = replace(model.config, quantize=kind, group_size=group_size)
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    for done, (name, linear) in enumerate(linears, start=1):
+        kinds = {"int8": Int8Linear, "int4": Int4Linear}
+        cls = Int8SparseLinear if isinstance(linear, SparseLinear) else kinds[kind]
+        parent, _, child = name.rpartition(".")
+        try:
+            setattr(model.get_submodule(parent), child, cls(linear, group_size))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if progress is not None:
+            progress(done / len(linears))
+    return model

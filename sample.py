@@ -66,6 +66,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="config.json, safetensors and tokenizer.model (default: tiny/, 5 million parameters of Shakespeare)")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto",
         help="of weights and arithmetic (default: what config.json says)")
+    add("--quantize", choices=("int8", "int4"), help="turn weights into 8 or 4 bits while loading: smaller and "
+        "faster; `convert.py --quantize` does it once and for all")
+    add("--group-size", metavar="G", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale "
+        "with --quantize int4: 32, 64 or 128 (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--dense", action="store_true", help="on a CPU, read also weights that only zeros multiply, and keep all "
@@ -171,10 +175,10 @@ class Density:
     """Counts the activations that are not zero in front of each SparseLinear, while single tokens pass on a CPU."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
-        from persimmon import SparseLinear
+        from persimmon import Int8SparseLinear, SparseLinear
 
         self.nonzero = self.total = 0
-        self.layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+        self.layers = [layer for layer in model.modules() if isinstance(layer, (SparseLinear, Int8SparseLinear))]
         self.hooks = [layer.register_forward_pre_hook(self.count) for layer in self.layers]
 
     def count(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -191,9 +195,12 @@ class Density:
 
     def weights_read(self, model: PersimmonForCausalLM, rows: int) -> float:
         """Bytes of weights that a pass over one token for each of `rows` texts reads: all that are not skipped."""
-        all_of_them = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+        import torch
+
+        all_of_them = sum(x.nbytes for x in model.state_dict().values()) - model.model.embed_tokens.weight.nbytes
         skipped = max(0.0, 1 - rows * self.nonzero / self.total) if self.total else 0.0
-        return all_of_them - skipped * sum(x.weight.nbytes for x in self.layers if not x.weight.is_contiguous())
+        tables = [x.weight.nbytes for x in self.layers if x.weight.dtype == torch.uint8 or not x.weight.is_contiguous()]
+        return all_of_them - skipped * sum(tables)
 
 
 class Figures(NamedTuple):
@@ -308,7 +315,7 @@ def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Names
     """Talk until /exit or the end of input; the exit code. The cache lasts: a turn costs its own tokens only."""
     from persimmon import KVCache, chat_prompt
 
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     limit = min(args.ctx_size or model.config.max_position_embeddings, model.config.max_position_embeddings)
     cache = KVCache(model.config, 1, limit, weight.dtype, weight.device)
     turns: list[str] = []
@@ -379,12 +386,20 @@ def chat(model: PersimmonForCausalLM, tokenizer: Tokenizer, args: argparse.Names
             say("that line is not UTF-8")
 
 
+def load_model(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> PersimmonForCausalLM:
+    """The model that the command line asks for."""
+    from persimmon import PersimmonForCausalLM
+
+    return PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense, args.quantize,
+                                                args.group_size)
+
+
 def random_model(config: PersimmonConfig, density: float, dtype: torch.dtype, device: str, sparse: bool,
-                 progress: Callable[[float], None]) -> PersimmonForCausalLM:
+                 quantize: str | None, progress: Callable[[float], None]) -> PersimmonForCausalLM:
     """Random weights, the same in each layer, and biases that leave `density` of the MLP's activations nonzero."""
     import torch
 
-    from persimmon import PersimmonForCausalLM, SparseLinear
+    from persimmon import PersimmonForCausalLM, SparseLinear, quantize_model
 
     with torch.device("meta"):
         model = PersimmonForCausalLM(config).to(dtype)
@@ -400,6 +415,8 @@ def random_model(config: PersimmonConfig, density: float, dtype: torch.dtype, de
     model.init_weights(first)
     spread = config.initializer_range * math.sqrt(config.hidden_size)  # of W x, where x has been normalized
     torch.nn.init.constant_(first.mlp.dense_h_to_4h.bias, spread * statistics.NormalDist().inv_cdf(density))
+    if quantize is not None:
+        quantize_model(model, quantize, config.group_size)
     for n, block in enumerate(others, start=1):
         block.to_empty(device=device).load_state_dict(first.state_dict())
         progress(n / config.num_hidden_layers)
@@ -436,14 +453,17 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     bandwidth = read_bandwidth(device)
     if args.random:
         dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
-        config = PersimmonConfig(num_hidden_layers=args.layers)
-        model = random_model(config, args.density, dtype, device, not args.dense, progress)
+        config = PersimmonConfig(num_hidden_layers=args.layers, group_size=args.group_size)
+        model = random_model(config, args.density, dtype, device, not args.dense, args.quantize, progress)
     else:
-        model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense)
-    config, weight = model.config, model.lm_head.weight
-    params, size = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+        model = load_model(args, device, progress)
+    config, weight = model.config, model.model.embed_tokens.weight
+    with torch.device("meta"):
+        params = sum(p.numel() for p in PersimmonForCausalLM(config).parameters())
+    size = sum(x.nbytes for x in model.state_dict().values())
     name = f"{args.random} random" if args.random else args.model.name
-    facts = (f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {str(weight.dtype).removeprefix('torch.')} | "
+    kind = {None: str(weight.dtype).removeprefix("torch."), "int8": "int8", "int4": f"int4 g{config.group_size}"}
+    facts = (f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {kind[config.quantize]} | "
              f"{device if device != 'cpu' else f'{torch.get_num_threads()} threads'}")
     rows: list[tuple[str, list[float], float, float | None]] = []  # test, tok/s of each run, GB a token, not zero
 
@@ -526,7 +546,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [] if args.chat or args.bench else read_prompts(args)
     import torch
 
-    from persimmon import PersimmonForCausalLM, Tokenizer
+    from persimmon import Tokenizer
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -544,7 +564,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.bench:
         return bench(args, device, progress)
-    model = PersimmonForCausalLM.from_pretrained(args.model, args.dtype, device, progress, not args.dense)
+    model = load_model(args, device, progress)
     tokenizer = Tokenizer(args.model)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     if args.chat:

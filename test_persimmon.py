@@ -52,6 +52,9 @@ import convert
 import persimmon
 import sample as sample_script
 from persimmon import (
+    Int4Linear,
+    Int8Linear,
+    Int8SparseLinear,
     KVCache,
     Linear,
     PersimmonConfig,
@@ -68,6 +71,7 @@ from persimmon import (
     chat_prompt,
     cpu_attention,
     generate,
+    quantize_model,
     rope_tables,
     sample,
 )
@@ -632,6 +636,220 @@ def test_one_token_products_in_bfloat16(folders, monkeypatch):
     assert 0 < fast <= 1.35 * plain, (fast, plain)
 
 
+# --- quantization ----------------------------------------------------------------------------------------------------
+
+
+def dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    """W of a quantized layer, (O, C) in float64, from what is stored, with numpy alone and by the format's description."""
+    stored = {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+              for name, tensor in layer.named_buffers()}  # fmt: skip
+    weight = stored["weight"]
+    if isinstance(layer, Int8Linear):
+        return torch.from_numpy(weight.astype(numpy.float64) * stored["scale"][:, None])
+    W = numpy.zeros((layer.out_features, layer.in_features))
+    if isinstance(layer, Int8SparseLinear):
+        for f, row in enumerate(weight):
+            scale, offset = numpy.frombuffer(row[-8:].tobytes(), numpy.float32)
+            W[:, f] = row[:-8] * float(scale) + float(offset)
+        return torch.from_numpy(W)
+    for o in range(layer.out_features):
+        byte = weight[o // 64, :, o % 32]
+        number = byte >> 4 if o % 64 >= 32 else byte & 15
+        scale = numpy.repeat(stored["scale"][:, o].astype(numpy.float64), layer.group_size, axis=0)
+        W[o] = scale[:, 0] * (number.astype(numpy.float64) - 8) + scale[:, 1]
+    return torch.from_numpy(W)
+
+
+QUANTIZED = [(Int8Linear, 128), (Int8SparseLinear, 128), (Int4Linear, 32), (Int4Linear, 64), (Int4Linear, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
+@pytest.mark.parametrize("O", [64, 100])
+def test_quantized_layers(cls, group_size, O, dtype):  # noqa: E741
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, O).to(dtype)
+    layer, W = cls(linear, group_size), linear.weight.double()
+    off = ((dequantized(layer) - W).norm() / W.norm()).item()
+    assert off < {Int8Linear: 0.006, Int8SparseLinear: 0.006}.get(cls, 0.065)
+    for rows in (1, 3, 40):
+        x = torch.rand(rows, 1, 256)
+        if cls is Int8SparseLinear:
+            x *= torch.rand(rows, 1, 256) < 0.3
+        expected = x.to(dtype).double() @ dequantized(layer).T + linear.bias.double()
+        with torch.no_grad():
+            y = layer(x.to(dtype))
+        error = (y.double() - expected).norm() / expected.norm()
+        assert y.dtype == dtype and y.shape == (rows, 1, O)
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    again = cls(linear, group_size).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int4_is_better_than_the_range_of_a_group(group_size):
+    torch.manual_seed(0)
+    w = torch.randn(128, 256)
+    groups = w.unflatten(1, (-1, group_size))
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (most - least) / 15
+    plain = (((groups - least) / step).round() * step + least - groups).square().sum()
+    linear = torch.nn.Linear(256, 128)
+    linear.weight.data = w
+    assert (dequantized(Int4Linear(linear, group_size)) - w).square().sum() < 0.9 * plain
+
+
+@pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
+def test_quantizing_odd_weights(cls, group_size):
+    linear = torch.nn.Linear(256, 70).bfloat16()
+    weight = linear.weight.data
+    weight[3], weight[:, 5], weight[66, 128:] = 0, 0, 0.75  # zeros by row and by column; a group of equal numbers
+    layer = cls(linear, group_size)
+    W = dequantized(layer)
+    assert W.isfinite().all() and (W[3].abs() < 1e-2).all() and (W[66, 128:] - 0.75).abs().max() < 0.02
+    if cls is not Int4Linear:
+        assert (W[:, 5] == 0).all()
+    with torch.no_grad():
+        assert layer(torch.randn(2, 256).bfloat16()).isfinite().all()
+    for bad in (math.inf, math.nan):
+        weight[4, 4] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            cls(linear, group_size)
+
+
+@pytest.mark.parametrize(("cls", "operator"), [
+    (Int8Linear, "_weight_int8pack_mm"), (Int4Linear, "_weight_int4pack_mm_for_cpu"),
+    (Int8SparseLinear, "embedding_bag_byte_rowwise_offsets")])  # fmt: skip
+def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operator):
+    layer, calls = cls(torch.nn.Linear(256, 64), 64), []
+    namespace = torch.ops.quantized if cls is Int8SparseLinear else torch.ops.aten
+    original = getattr(namespace, operator)
+    monkeypatch.setattr(namespace, operator, lambda *a, **k: calls.append(1) or original(*a, **k))
+    x = torch.rand(2, 256) * (torch.rand(2, 256) < 0.3)
+    with torch.no_grad():
+        y = layer(x)
+        layer(torch.rand(17, 256))
+        assert len(calls) == 1
+        layer(x.requires_grad_())
+    assert len(calls) == 2
+    layer(x).sum().backward()
+    assert len(calls) == 2 and x.grad.abs().sum() > 0
+    monkeypatch.setattr(persimmon, "kernel", lambda name: None)
+    with torch.no_grad():
+        assert close(layer(x), y, 1e-5)
+
+
+def test_a_kernel_that_is_gone_is_reported():
+    with pytest.warns(UserWarning, match="this PyTorch has no aten._weight_int3pack_mm"):
+        assert persimmon.kernel("aten._weight_int3pack_mm") is None
+    assert persimmon.kernel("aten._weight_int8pack_mm") is not None
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_int4_on_other_processors(capability):
+    """PyTorch's kernel orders the numbers by the processor's abilities, which this variable hides."""
+    code = """if True:
+        import torch, persimmon
+        torch.manual_seed(0)
+        layer, x = persimmon.Int4Linear(torch.nn.Linear(256, 100), 64), torch.randn(2, 256)
+        with torch.no_grad():
+            y = layer(x)
+            persimmon.kernel = lambda name: None
+            assert (layer(x) - y).abs().max() < 1e-5, (layer(x) - y).abs().max()
+        print(layer.packed is layer.weight)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=120,
+                            env={**os.environ, "ATEN_CPU_CAPABILITY": capability})  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize(("kind", "group_size"), [("int8", 128), ("int4", 32), ("int4", 64)])
+def test_quantized_model(folders, tmp_path, kind, group_size):
+    """Its logits are those of a model with the same weights as plain numbers, for prompts and for single tokens."""
+    folder = folders["D64", "2023"]
+    fractions = []
+    model = PersimmonForCausalLM.from_pretrained(
+        folder, quantize=kind, group_size=group_size, progress=fractions.append)  # fmt: skip
+    plain = PersimmonForCausalLM.from_pretrained(folder)
+    assert fractions == sorted(fractions) and fractions[-1] == 1
+    types = Counter(type(module).__name__ for module in model.modules())
+    assert types[f"I{kind[1:]}Linear"] == 10 and types["Int8SparseLinear"] == 3 and types["Linear"] == 0
+    for name, module in model.named_modules():
+        if isinstance(module, persimmon.QuantizedLinear):
+            target = plain.get_submodule(name)
+            assert close(target.weight.double(), dequantized(module), 0.3)
+            target.weight.data = dequantized(module).float()
+    ids = random_ids(model.config, length=50)
+    with torch.no_grad():
+        expected = plain(ids).logits
+        assert close(model(ids).logits, expected)
+        cache = KVCache(model.config, 2, 50, torch.float32, "cpu")
+        one_by_one = [model(ids[:, t : t + 1], cache=cache).logits for t in range(50)]
+        assert close(torch.cat(one_by_one, dim=1), expected)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["quantization_config"] == {"quant_method": "persimmon.py", "quantize": kind, "group_size": group_size}
+    again = PersimmonForCausalLM.from_pretrained(tmp_path)
+    assert again.config == replace(model.config, dtype="float32")
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert torch.equal(again.generate(ids, max_new_tokens=9), plain.generate(ids, max_new_tokens=9))
+    with pytest.raises(RuntimeError):  # it warns that it does not know this method, and then the shapes do not fit
+        transformers.PersimmonForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"the model is quantized already, in {kind}"):
+        PersimmonForCausalLM.from_pretrained(tmp_path, quantize="int8")
+
+
+def test_quantization_refuses(folders, tmp_path):
+    with pytest.raises(ValueError, match="query_key_value: a matrix of 48 inputs can't be quantized in groups of 32"):
+        PersimmonForCausalLM.from_pretrained(folders["D16", "2023"], quantize="int4", group_size=32)
+    for changes, message in (({"quantize": "int3"}, "quantize = 'int3' is neither"), ({"group_size": 16}, "none of 32")):
+        with pytest.raises(ValueError, match=message):
+            PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], **{"quantize": "int4", **changes})
+    model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"])
+    model.model.layers[1].mlp.dense_4h_to_h.weight.data = torch.full((128, 208), math.nan)
+    with pytest.raises(ValueError, match="layers.1.mlp.dense_4h_to_h: weights that are not finite"):
+        quantize_model(model, "int8")
+    quantized = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], quantize="int8")
+    quantized.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["lm_head.weight"].float()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight as torch.float32: config.json makes it torch.int8"):
+        PersimmonForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "group_size", "limit"), [("int8", 128, 0.002), ("int4", 32, 0.02), ("int4", 128, 0.04)])
+def test_quantized_loss_of_the_embedded_model(kind, group_size, limit):
+    """On lines of Shakespeare, which the model may have seen: more than the bars for its validation text leave."""
+    text = ("KING HENRY V:\nOnce more unto the breach, dear friends, once more;\nOr close the wall up with our English "
+            "dead.\nIn peace there's nothing so becomes a man\nAs modest stillness and humility.\n\nJULIET:\nO Romeo, "
+            "Romeo! wherefore art thou Romeo?\nDeny thy father and refuse thy name.\n")  # fmt: skip
+    ids = Tokenizer(TINY)(text)["input_ids"]
+    with torch.no_grad():
+        plain, quantized = (PersimmonForCausalLM.from_pretrained(TINY, **options)(ids, labels=ids).loss.item()
+                            for options in ({}, {"quantize": kind, "group_size": group_size}))  # fmt: skip
+    assert quantized != plain and abs(quantized / plain - 1) < limit, (plain, quantized)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_convert_quantizes(tmp_path, kind):
+    out = tmp_path / "out"
+    assert convert.main([str(TINY), str(out), "--quantize", kind, "--group-size", "64"]) == 0
+    assert {file.name for file in out.iterdir()} == {"config.json", "generation_config.json", "model.safetensors",
+                "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"}  # fmt: skip
+    expected = PersimmonForCausalLM.from_pretrained(TINY, quantize=kind, group_size=64)
+    model = PersimmonForCausalLM.from_pretrained(out)
+    assert model.config.quantize == kind and model.config.group_size == 64
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    size = (out / "model.safetensors").stat().st_size / (TINY / "model.safetensors").stat().st_size
+    assert size < {"int8": 0.56, "int4": 0.43}[kind]
+    stdout = sample_py("--model", out, "-n", "9", "--temp", "0").stdout
+    assert stdout == sample_py("--quantize", kind, "--group-size", "64", "-n", "9", "--temp", "0").stdout != b""
+    error = sample_py("--model", out, "--quantize", "int8").stderr.decode()
+    assert error == f"sample.py: error: the model is quantized already, in {kind}\n"
+    assert convert.main([str(out), str(tmp_path / "no")]) == 2 and not (tmp_path / "no").exists()
+
+
 # --- the shape comments, executed ------------------------------------------------------------------------------------
 
 SHAPE = re.compile(r"#.*?\(([0-9A-Z][0-9A-Z*/+, ]*)\)")
@@ -664,15 +882,16 @@ def test_shape_comments(small, monkeypatch):
 
     def check(frame, line):
         end, names, axes = claims[line]
-        scope, letters = frame, dict(sizes)
+        scope, letters = frame, {}
         while scope is not None:
             x = scope.f_locals.get("x")
             own = dict(zip("BT", x.shape)) if isinstance(x, torch.Tensor) and x.dim() == 3 else {}
-            own |= {name: scope.f_locals[name] for name in "BTSNPMO" if name in scope.f_locals}
+            own |= {name: scope.f_locals[name] for name in "BTSNPMOC" if name in scope.f_locals}
             if scope.f_code.co_name == "forward" and scope.f_locals.get("input_ids") is not None:
                 own |= dict(zip("BT", scope.f_locals["input_ids"].shape))
             letters = own | letters
             scope = scope.f_back
+        letters = sizes | letters
         expected = tuple(int(eval(axis, {}, letters)) for axis in axes)
         for name in names:
             shape = tuple(eval(name, {}, frame.f_locals).shape)
@@ -711,6 +930,8 @@ def test_shape_comments(small, monkeypatch):
         small.generate(ids, max_new_tokens=5)
         for cls in (PersimmonForSequenceClassification, PersimmonForTokenClassification):
             cls(c).eval()(ids)
+        quantize_model(copy.deepcopy(small), "int8")(ids)
+        Int4Linear(torch.nn.Linear(64, 128), 32)
 
     sys.settrace(tracer)
     try:
@@ -1885,7 +2106,7 @@ def test_random_model_and_its_density(density, monkeypatch):
     use_one_token_products(monkeypatch)
     config = replace(CONFIGS["D64"], hidden_size=512, intermediate_size=1024)
     fractions = []
-    model = sample_script.random_model(config, density, torch.float32, "cpu", True, fractions.append)
+    model = sample_script.random_model(config, density, torch.float32, "cpu", True, None, fractions.append)
     assert fractions[-1] == 1 and all(p.isfinite().all() for p in model.parameters())
     counted = sample_script.Density(model)
     for step in generate(model, torch.tensor([[7]]), max_new_tokens=30):
@@ -1899,8 +2120,16 @@ def test_random_model_and_its_density(density, monkeypatch):
     total = counted.total
     list(generate(model, torch.tensor([[7]]), max_new_tokens=2))
     assert counted.total == total
-    dense = sample_script.random_model(config, density, torch.float32, "cpu", False, fractions.append)
+    dense = sample_script.random_model(config, density, torch.float32, "cpu", False, None, fractions.append)
     assert sample_script.Density(dense).weights_read(dense, 1) == weights
+    small = sample_script.random_model(config, density, torch.float32, "cpu", True, "int8", fractions.append)
+    counted = sample_script.Density(small)
+    list(generate(small, random_ids(config, rows=1, length=9), max_new_tokens=1))
+    assert counted.total == 1024  # of a prompt only the last token of the last layer comes alone
+    list(generate(small, torch.tensor([[7]]), max_new_tokens=30))
+    everything = sum(x.nbytes for name, x in small.state_dict().items() if "embed" not in name)
+    skipped = (1 - counted.stop()) * 3 * 1024 * 520
+    assert counted.weights_read(small, 1) == pytest.approx(everything - skipped)
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut off", "only .bin", "not safetensors", "shard missing"])
