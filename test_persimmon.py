@@ -942,7 +942,7 @@ def test_shape_comments(small, monkeypatch):
     assert checked == set(claims), f"never run: lines {sorted(set(claims) - checked)}"
     # every comment that looks like a shape stands on such a line
     lines = Path(persimmon.__file__).read_text().splitlines()
-    code = [n for n, line in enumerate(lines, 1) if SHAPE.search(line)]
+    code = [n for n, line in enumerate(lines, 1) if SHAPE.search(line) and not line.startswith("#")]
     assert sorted(end for end, _, _ in claims.values()) == code
 
 
