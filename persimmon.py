@@ -1073,8 +1073,12 @@ class QuantizedLinear(nn.Module):
         self.block = max(64, 2**22 // self.in_features // 64 * 64)  # outputs whose weights stay in the CPU's cache
         weight = linear.weight.detach()
         _require(weight.is_meta or bool(weight.isfinite().all()), "weights that are not finite can't be quantized")
-        for name, tensor in self.quantized(weight).items():
+        for name, tensor in (self.empty(weight) if weight.is_meta else self.quantized(weight)).items():
             self.register_buffer(name, tensor)
+
+    def empty(self, weight: Tensor) -> dict[str, Tensor]:
+        """Tensors like those that are stored for weight (O, C), without values: for `load`."""
+        raise NotImplementedError
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """What is stored for weight (O, C)."""
@@ -1110,6 +1114,10 @@ def kernel(name: str) -> Callable[..., Tensor] | None:
 class Int8Linear(QuantizedLinear):
     """8 bits, symmetric, a scale for each output."""
 
+    def empty(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight int8 (O, C) and scale (O)"""
+        return {"weight": torch.empty_like(weight, dtype=torch.int8), "scale": weight.new_empty(len(weight))}
+
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (O, C) -> weight int8 (O, C) and scale (O)."""
         scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used
@@ -1135,16 +1143,25 @@ class Int4Linear(QuantizedLinear):
 
     packed: Tensor | None = None  # the weight as PyTorch's kernel on this machine wants it
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """weight (O, C) -> weight uint8 (O/64, C, 32) and scale (C/g, O, 2), with O rounded up to a multiple of 64."""
+    def empty(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight uint8 (O/64, C, 32) and scale (C/g, O, 2), with O rounded up to a multiple of 64."""
         (O, C), g = weight.shape, self.group_size
         _require(C % g == 0, f"a matrix of {C} inputs can't be quantized in groups of {g}")
+        blocks = -(-O // 64)
+        return {"weight": weight.new_empty(blocks, C, 32, dtype=torch.uint8),
+                "scale": weight.new_empty(C // g, 64 * blocks, 2)}
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (O, C) -> what is in `empty`"""
+        stored = self.empty(weight)
+        (O, C), g = weight.shape, self.group_size
         weight = nn.functional.pad(weight, (0, 0, 0, -O % 64)) if O % 64 else weight
-        nibbles, scales = zip(*(self.quantized_groups(rows.unflatten(1, (-1, g))) 
-                                for rows in weight.split(len(weight) if weight.is_meta else 64)))
-        halves = torch.cat(nibbles).flatten(1).unflatten(0, (-1, 2, 32))  # (O/64, 2, 32, C)
-        return {"weight": (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous(),
-                "scale": torch.cat(scales).transpose(0, 1).contiguous()}
+        for n, rows in enumerate(weight.split(64)):
+            number, scale = self.quantized_groups(rows.unflatten(1, (-1, g)))
+            low, high = number.flatten(1).split(32)  # (32, C)
+            stored["weight"][n] = (low | high << 4).t()
+            stored["scale"][:, 64 * n : 64 * n + 64] = scale.transpose(0, 1)
+        return stored
 
     def quantized_groups(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (64, C/g, g) -> numbers 0 ... 15 as uint8 (64, C/g, g) and scale (64, C/g, 2).
@@ -1195,8 +1212,9 @@ class Int4Linear(QuantizedLinear):
             sample = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
             halves = sample.to(torch.uint8).view(2, 2, 32, 64)
             is_own_order = torch.equal(pack(sample, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
-            numbers = self.numbers(0, self.weight.shape[0] * 64).t()
-            self.packed = self.weight if is_own_order else pack(numbers.to(torch.int32).contiguous(), 1)
+            self.packed = self.weight
+            if not is_own_order:
+                self.packed = pack(self.numbers(0, len(self.weight) * 64).t().to(torch.int32).contiguous(), 1)
         y = product(x.reshape(-1, self.in_features), self.packed.view(-1, self.in_features // 2), self.group_size,
                     self.scale.to(x.dtype))
         return y[:, : self.out_features].view(*x.shape[:-1], -1)
@@ -1204,6 +1222,10 @@ class Int4Linear(QuantizedLinear):
 
 class Int8SparseLinear(QuantizedLinear):
     """8 bits, a scale and an offset for each input, stored by input: the rows that only zeros multiply are not read."""
+
+    def empty(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight uint8 (F, C + 8)"""
+        return {"weight": weight.new_empty(self.in_features, self.out_features + 8, dtype=torch.uint8)}
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (C, F) -> weight uint8 (F, C + 8): C bytes, then a float32 scale and a float32 offset."""

@@ -30,6 +30,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -2353,6 +2354,11 @@ def test_command_line_in_a_terminal():
 # --- run as a script: the benchmark against transformers --------------------------------------------------------------
 
 
+def with_plain_linears(model: PersimmonForCausalLM) -> PersimmonForCausalLM:
+    """A copy of the model for quantize_model to replace the Linear layers of; it shares all weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
     """Time our model and transformers' in turns, in one process, on the same random bfloat16 weights of full width.
 
@@ -2373,6 +2379,8 @@ def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
     for layer in down:
         layer.transpose()
     transposed = [layer.weight.data for layer in down]
+    quantized = {f"{kind}{f', groups of {g}' if kind == 'int4' else ''}": quantize_model(with_plain_linears(ours), kind, g)
+                 for kind, g in (("int8", 128), ("int4", 32), ("int4", 128))}  # fmt: skip
     ids = random_ids(config, rows=1, length=512)
     memory = torch.ones(2**29)  # 2.1 GB
     size = sum(p.nbytes for p in ours.parameters()) - ours.model.embed_tokens.weight.nbytes
@@ -2389,11 +2397,11 @@ def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
         function()
         return time.perf_counter() - start
 
-    def decode(S: int, n: int = 16) -> float:
+    def decode(S: int, model: PersimmonForCausalLM = ours, n: int = 16) -> float:
         cache = KVCache(config, 1, S + 17 + n, torch.bfloat16, "cpu")
         cache.keys.zero_(), cache.values.zero_(), cache.seek(S)
-        ours(ids[:, :16], cache=cache, logits_to_keep=1)
-        return seconds(lambda: [ours(ids[:, i : i + 1], cache=cache, logits_to_keep=1) for i in range(n)]) / n
+        model(ids[:, :16], cache=cache, logits_to_keep=1)
+        return seconds(lambda: [model(ids[:, i : i + 1], cache=cache, logits_to_keep=1) for i in range(n)]) / n
 
     def their_decode(n: int = 16) -> float:
         cache = theirs(ids[:, :16], use_cache=True, logits_to_keep=1).past_key_values
@@ -2401,9 +2409,9 @@ def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
             lambda: [theirs(ids[:, i : i + 1], past_key_values=cache, logits_to_keep=1) for i in range(n)]
         ) / n  # fmt: skip
 
-    def our_prefill() -> float:
+    def prefill(model: PersimmonForCausalLM = ours) -> float:
         cache = KVCache(config, 1, 600, torch.bfloat16, "cpu")
-        return seconds(lambda: ours(ids, cache=cache, logits_to_keep=1))
+        return seconds(lambda: model(ids, cache=cache, logits_to_keep=1))
 
     ways = {  # name: (weights of the sparse layers, density, what is timed, what to compare with)
         "transformers, decode": (plain, 0.5, their_decode, None),
@@ -2412,8 +2420,12 @@ def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
         "decode, all weights read": (plain, 0.5, lambda: decode(0), "transformers, decode"),
         "decode after 8192, half zeros": (transposed, 0.5, lambda: decode(8192), "decode, half zeros"),
         "transformers, prompt of 512": (plain, 0.5, lambda: seconds(lambda: theirs(ids, logits_to_keep=1)), None),
-        "prompt of 512": (transposed, 0.5, our_prefill, "transformers, prompt of 512"),
+        "prompt of 512": (transposed, 0.5, prefill, "transformers, prompt of 512"),
     }
+    for name, model in quantized.items():
+        for way, function, other in (("decode", partial(decode, 0, model), "transformers, decode"),
+                                     ("prompt of 512", partial(prefill, model), "prompt of 512")):  # fmt: skip
+            ways[f"{name}, {way}"] = transposed, 0.5, function, other
     times: dict[str, list[float]] = {way: [] for way in ways}
     reads = []
     for n in range(rounds + 1):  # the first round is to warm up
@@ -2430,7 +2442,7 @@ def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
     for way, (*_, other) in ways.items():
         ratios = [b / a for a, b in zip(times[way][1:], times.get(other, [])[1:])]
         ratio = f"   {statistics.median(ratios):5.2f} x the speed of: {other}" if ratios else ""
-        print(f"{way:32} {1e3 * median[way]:8.1f} ms{ratio}")
+        print(f"{way:34} {1e3 * median[way]:8.1f} ms{ratio}")
     full = size / median["decode, all weights read"] / 1e9
     print(f"\nwith all weights read: {full:.1f} GB/s, {full / statistics.median(reads):.0%} of the median read")
     use(transposed, 0.5)
