@@ -284,7 +284,8 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
             if name == "__metadata__" or is_ignored(name):
                 continue
-            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}")
+            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}: weights "
+                    "are floats here, and quantized ones are not converted again")
             at = 8 + length + entry["data_offsets"][0]
             yield name, Stored(mapped, at, by_name[entry["dtype"]], tuple(entry["shape"]))
 

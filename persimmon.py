@@ -1099,7 +1099,7 @@ class QuantizedLinear(nn.Module):
         if y is None:
             edges = [*range(0, self.out_features, self.block), self.out_features]
             y = torch.cat([self.product(x, start, stop) for start, stop in zip(edges, edges[1:])], dim=-1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
 def kernel(name: str) -> Callable[..., Tensor] | None:
@@ -1262,7 +1262,7 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     kind is "int8" or "int4". Raises ValueError for a model that is quantized already, and for weights that can't be.
     """
     _require(model.config.quantize is None, f"the model is quantized already, in {model.config.quantize}")
-    model.config = replace(model.config, quantize=kind, group_size=group_size)
+    config = replace(model.config, quantize=kind, group_size=group_size)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
     for done, (name, linear) in enumerate(linears, start=1):
         kinds = {"int8": Int8Linear, "int4": Int4Linear}
@@ -1274,4 +1274,5 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
             raise ValueError(f"{name}: {error}") from None
         if progress is not None:
             progress(done / len(linears))
+    model.config = config
     return model
