@@ -1122,7 +1122,7 @@ class Int8Linear(QuantizedLinear):
         """weight (O, C) -> weight int8 (O, C) and scale (O)."""
         scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a row of zeros
-        parts = [(w / s[:, None]).round().clamp(-127, 127).to(torch.int8)
+        parts = [(w / s[:, None]).round().to(torch.int8)  # at most 127 * (1 + 2**-9), which rounds to 127
                  for w, s in zip(weight.split(128), scale.float().split(128))]
         return {"weight": torch.cat(parts), "scale": scale}
 
@@ -1175,7 +1175,8 @@ class Int4Linear(QuantizedLinear):
         for part in (1.0, 0.9):
             scale, offset = (most - least) * part / 15, least * part
             for fit in range(3):
-                # what is stored is rounded, and the offset belongs to number 8
+                # What is stored is rounded, and the offset belongs to number 8. Numbers that are all equal have no slope:
+                # NaN then, and never the best.
                 scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype).float()
                 offset = (offset + 8 * scale).to(weight.dtype).float() - 8 * scale
                 number = ((w - offset) / scale).round_().clamp_(0, 15)
@@ -1186,8 +1187,7 @@ class Int4Linear(QuantizedLinear):
                     best = tuple(torch.where(error < best[0], new, old)
                                  for new, old in zip((error, scale, offset, number), best))
                 centered = number - number.mean(-1, keepdim=True)
-                slope = (centered * w).sum(-1, keepdim=True) / centered.square().sum(-1, keepdim=True)
-                scale = torch.where(slope > 0, slope, scale)  # no slope: all numbers are the same
+                scale = (centered * w).sum(-1, keepdim=True) / centered.square().sum(-1, keepdim=True)
                 offset = w.mean(-1, keepdim=True) - scale * number.mean(-1, keepdim=True)
         _, scale, offset, number = best
         return number.to(torch.uint8), torch.cat((scale, offset + 8 * scale), dim=-1).to(weight.dtype)
