@@ -278,7 +278,7 @@ class KVCache:
 # in bfloat16, F.linear reads them at about half of the memory's speed (oneDNN reorders them first), and SDPA reads a
 # long cache at an eighth. What does read at full speed is embedding_bag, made for recommenders: the sum of some rows of
 # a table, each times a factor. So does its derivative by the factors: the dot product of each row with a vector. The
-# results are those of the plain operations up to rounding. None of this is used where gradients are wanted.
+# results are those of the plain operations up to rounding. Products whose gradients are wanted are the plain ones.
 
 
 class Linear(nn.Linear):
@@ -1063,6 +1063,12 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 class QuantizedLinear(nn.Module):
     """x W^T + b with W in few bits: by a kernel of PyTorch's for few rows on a CPU, else by blocks of plain numbers.
 
+    What the kinds below differ in is what they store and how they multiply:
+
+        quantized(weight)        the tensors to store for weight (O, C); `empty` gives such tensors without values
+        few_rows(x)              x W^T by a kernel that reads W as it is stored; None where that does not work
+        product(x, start, stop)  x W[start:stop]^T with W turned into plain numbers; start is a multiple of 64
+
     Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
     """
 
@@ -1075,22 +1081,6 @@ class QuantizedLinear(nn.Module):
         _require(weight.is_meta or bool(weight.isfinite().all()), "weights that are not finite can't be quantized")
         for name, tensor in (self.empty(weight) if weight.is_meta else self.quantized(weight)).items():
             self.register_buffer(name, tensor)
-
-    def empty(self, weight: Tensor) -> dict[str, Tensor]:
-        """Tensors like those that are stored for weight (O, C), without values: for `load`."""
-        raise NotImplementedError
-
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """What is stored for weight (O, C)."""
-        raise NotImplementedError
-
-    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x W[start:stop]^T for x (..., C), with W turned into plain numbers; start is a multiple of 64."""
-        raise NotImplementedError
-
-    def few_rows(self, x: Tensor) -> Tensor | None:
-        """x W^T for x (..., C) by a kernel that reads W as it is stored, (..., O); None where that does not work."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
