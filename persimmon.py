@@ -1065,9 +1065,9 @@ class QuantizedLinear(nn.Module):
 
     What the kinds below differ in is what they store and how they multiply:
 
-        quantized(weight)        the tensors to store for weight (O, C); `empty` gives such tensors without values
-        few_rows(x)              x W^T by a kernel that reads W as it is stored; None where that does not work
-        product(x, start, stop)  x W[start:stop]^T with W turned into plain numbers; start is a multiple of 64
+        quantized(weight)  the tensors to store for weight (O, C); `empty` gives such tensors without values
+        few_rows(x)        x W^T by a kernel that reads W as it is stored; None where that does not work
+        product(x)         x W^T with W turned into plain numbers, block by block of outputs
 
     Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
     """
@@ -1076,7 +1076,9 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
-        self.block = max(64, 2**22 // self.in_features // 64 * 64)  # outputs whose weights stay in the CPU's cache
+        size = max(64, 2**22 // self.in_features // 64 * 64)  # outputs whose weights stay in the CPU's cache
+        starts = range(0, self.out_features, size)
+        self.blocks = [(start, min(start + size, self.out_features)) for start in starts]
         weight = linear.weight.detach()
         _require(weight.is_meta or bool(weight.isfinite().all()), "weights that are not finite can't be quantized")
         for name, tensor in (self.empty(weight) if weight.is_meta else self.quantized(weight)).items():
@@ -1086,9 +1088,7 @@ class QuantizedLinear(nn.Module):
         """x (..., C) -> (..., O)"""
         is_few = x.numel() <= 16 * self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
         y = self.few_rows(x) if is_few else None
-        if y is None:
-            edges = [*range(0, self.out_features, self.block), self.out_features]
-            y = torch.cat([self.product(x, start, stop) for start, stop in zip(edges, edges[1:])], dim=-1)
+        y = self.product(x) if y is None else y  # (..., O)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
@@ -1116,9 +1116,10 @@ class Int8Linear(QuantizedLinear):
                  for w, s in zip(weight.split(128), scale.float().split(128))]
         return {"weight": torch.cat(parts), "scale": scale}
 
-    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x (..., C) -> (..., stop - start)"""
-        return (x @ self.weight[start:stop].to(x.dtype).t()) * self.scale[start:stop].to(x.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., O)"""
+        parts = [x @ self.weight[start:stop].to(x.dtype).t() for start, stop in self.blocks]
+        return torch.cat(parts, dim=-1) * self.scale.to(x.dtype)
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
@@ -1182,11 +1183,16 @@ class Int4Linear(QuantizedLinear):
         _, scale, offset, number = best
         return number.to(torch.uint8), torch.cat((scale, offset + 8 * scale), dim=-1).to(weight.dtype)
 
-    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x (..., C) -> (..., stop - start)"""
-        number = self.numbers(start, stop).view(torch.int8).sub_(8).to(x.dtype).unflatten(0, (-1, self.group_size))
-        scale, offset = self.scale[:, start:stop].to(x.dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (C/g, 1, O)
-        return x @ number.mul_(scale).add_(offset).flatten(0, 1)
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., O)"""
+        scale, offset = self.scale[:, : self.out_features].to(x.dtype).permute(2, 0, 1).contiguous()  # (C/g, O)
+        parts = []
+        for start, stop in self.blocks:
+            number = self.numbers(start, stop).view(torch.int8).sub_(8).to(x.dtype)  # (C, stop - start)
+            groups = number.unflatten(0, (-1, self.group_size)).mul_(scale[:, None, start:stop])  # (C/g, g, stop - start)
+            parts.append(x @ groups.flatten(0, 1))
+        # A group has one offset: it multiplies the sum of the group's inputs.
+        return torch.cat(parts, dim=-1) + x.unflatten(-1, (-1, self.group_size)).sum(-1) @ offset
 
     def numbers(self, start: int, stop: int) -> Tensor:
         """The numbers 0 ... 15 of outputs start ... stop, by input: uint8 (C, stop - start)."""
@@ -1229,11 +1235,13 @@ class Int8SparseLinear(QuantizedLinear):
             parts.append(torch.cat((number, scale.view(torch.uint8), offset.view(torch.uint8)), dim=1))
         return {"weight": torch.cat(parts)}
 
-    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x (..., F) -> (..., stop - start)"""
-        number = (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, exact in bfloat16
-        scale, offset = self.weight[:, -8:].contiguous().view(torch.float32).split(1, dim=1)  # (F, 1)
-        return x @ number.mul_(scale.to(x.dtype)).add_((offset + 128 * scale).to(x.dtype))
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., F) -> (..., C)"""
+        scale, offset = self.weight[:, -8:].contiguous().view(torch.float32).unbind(1)  # (F)
+        scaled, middle = x * scale.to(x.dtype), (offset + 128 * scale).to(x.dtype)  # (..., F), (F)
+        parts = [scaled @ (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, exact in bfloat16
+                 for start, stop in self.blocks]
+        return torch.cat(parts, dim=-1) + (x @ middle)[..., None]
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., F) -> (..., C)"""
