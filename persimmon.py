@@ -38,10 +38,11 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ class KVCache:
     Room for N positions is allocated at once, 2*L*B*N*C numbers (576 KiB a position for the 8B in 16 bit), and never
     grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number as a tensor
     on the device, for what must not wait for Python. The model advances both, once a forward pass. For inference only:
-    it is written in place, which autograd does not allow.
+    it is written in place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
 
     On a CPU, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and N is rounded up to a multiple
     of `block`: see cpu_attention. `keys` is a view that shows them in the order of the values.
@@ -249,6 +250,11 @@ class KVCache:
             self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
         self.length = 0
         self.position = torch.zeros((), dtype=torch.long, device=device)
+        self.fused = fused_attention(config, B, device)
+
+    def total(self, T: int) -> int:
+        """S, the number of positions that T new ones see or are."""
+        return self.length + T
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's k and v of the new positions, (B, H, T, D); return all there are now, (B, H, S, D).
@@ -256,7 +262,7 @@ class KVCache:
         Raises ValueError where they do not fit.
         """
         (_, B, _, N, _), T = self.keys.shape, k.shape[2]
-        S = self.length + T
+        S = self.total(T)
         _require(k.shape[0] == B, f"the cache is for a batch of {B}, the input has {k.shape[0]} rows")
         _require(S <= N, f"the cache has room for {N} positions: {self.length} are taken and {T} more do not fit")
         self.keys[layer, :, :, self.length : S] = k
@@ -266,8 +272,12 @@ class KVCache:
         k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
         return (k.contiguous() if self.is_transposed and T > 1 else k), v
 
+    def advance(self, T: int) -> None:
+        """Count T more positions as seen, once every layer has stored them."""
+        self.seek(self.length + T)
+
     def seek(self, length: int) -> None:
-        """Count this many positions as seen: forward when every layer has stored them, or back, to forget the rest."""
+        """Count this many positions as seen: fewer than before, to forget the rest."""
         self.length = length
         self.position.fill_(length)
 
@@ -302,11 +312,12 @@ class Linear(nn.Linear):
 def nonzero_bags(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """For x (..., F): columns of what is not zero, row after row, the values, and where bags of them start, (B, bags).
 
-    None where x is not sparse enough, has too many rows B, is not on a CPU, or has a gradient.
+    None where x is not sparse enough, has too many rows B, is not on a CPU, or has a gradient; and in torch.compile,
+    for which the number of zeros would be part of a shape.
     """
     F = x.shape[-1]
     B = x.numel() // F
-    if B > 16 or x.device.type != "cpu" or torch.is_grad_enabled():
+    if B > 16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     row, column = x.reshape(B, F).nonzero(as_tuple=True)
     if len(row) > 1.5 * F:  # measured: from there on F.linear is about as quick
@@ -368,8 +379,10 @@ def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor 
 # --- 5. Attention, MLP, block -----------------------------------------------------------------------------------------
 
 
-def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which of S positions each of the last T may look at: bool, (1, 1, T, S) or (B, 1, T, S); None as below.
+def causal_mask(place: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
+    """Which of S positions each of T new ones may look at: bool, (1, 1, T, S) or (B, 1, T, S); None as below.
+
+    place (T) says where among the S the new ones are: behind what is cached, S - T ... S - 1 (but see FixedShapes).
 
     Without padding there are three cases:
         T = S      the text so far is all new: plain causal attention, which SDPA does by itself (`is_causal`): None
@@ -379,10 +392,10 @@ def causal_mask(T: int, S: int, attention_mask: Tensor | None, device: torch.dev
     Padding, zeros in attention_mask (B, S), hides columns in each of them. A padded position may still look at itself:
     a row that sees nothing would be 0/0 in the softmax, and the NaN would spread.
     """
-    if attention_mask is None and T in (1, S):
+    if attention_mask is None and len(place) in (1, S):
         return None
-    row = torch.arange(S - T, S, device=device)[:, None]  # (T, 1)
-    column = torch.arange(S, device=device)  # (S)
+    row = place[:, None]  # (T, 1)
+    column = torch.arange(S, device=place.device)  # (S)
     mask = (column <= row)[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
         mask = mask & (attention_mask.bool()[:, None, None] | (column == row))  # (B, 1, T, S)
@@ -394,18 +407,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.attention_dropout
+        self.layer, self.dropout, self.eps = layer, config.attention_dropout, config.layer_norm_eps
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        has_norm, eps = config.qk_layernorm, config.layer_norm_eps
-        self.q_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
-        self.k_layernorm = nn.LayerNorm(config.head_dim, eps) if has_norm else nn.Identity()
+        self.q_layernorm = nn.LayerNorm(config.head_dim, self.eps) if config.qk_layernorm else nn.Identity()
+        self.k_layernorm = nn.LayerNorm(config.head_dim, self.eps) if config.qk_layernorm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
+        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, all until `dense` in one kernel
+            norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
+            keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
+            return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
         qkv = qkv.view(B, T, self.num_heads, 3, self.head_dim)  # (B, T, H, 3, D)
         q, k, v = qkv.unbind(3)  # (B, T, H, D)
         q = apply_rope(self.q_layernorm(q), *rope)  # (B, T, H, D)
@@ -566,23 +582,23 @@ class PersimmonModel(PersimmonPreTrainedModel):
         _require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         B, T, _ = x.shape
-        S = T if cache is None else cache.length + T
+        place, S = torch.arange(T, device=x.device), T  # of the new positions among all S
+        if cache is not None:
+            place, S = place + cache.position, cache.total(T)
         if attention_mask is not None:
             shape = tuple(attention_mask.shape)
             _require(shape == (B, S), f"attention_mask has shape {shape} and has to have (B, S) = ({B}, {S})")
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, S - T :]  # (B, T)
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
         elif position_ids is None:
-            position_ids = torch.arange(T, device=x.device).expand(B, T)  # (B, T)
-            if cache is not None:
-                position_ids = position_ids + cache.position  # (B, T)
+            position_ids = place.expand(B, T)  # (B, T)
         rope = rope_tables(position_ids, self.config, x.dtype)
-        mask = causal_mask(T, S, attention_mask, x.device)
+        mask = causal_mask(place, S, attention_mask)
         for block in self.layers[:-1]:
             x = block(x, rope, mask, cache)  # (B, T, C)
         x = self.layers[-1](x, rope, mask, cache, keep)  # (B, keep or T, C)
         if cache is not None:
-            cache.seek(S)
+            cache.advance(T)
         return ModelOutput(self.final_layernorm(x))
 
 
@@ -960,18 +976,39 @@ class Step(NamedTuple):
     finish_reasons: list[str | None]  # "stop": a stop id; "length": max_new_tokens; "context": the context is full
 
 
+def on_host(pairs: Iterable[tuple[Tensor, Tensor]], lag: int) -> Iterator[tuple[list, list]]:
+    """Pairs of tensors as lists, `lag` pairs late: with 1, a GPU computes the next while Python sees to this one."""
+
+    def fetched(x: Tensor, y: Tensor, is_copied: torch.cuda.Event | None) -> tuple[list, list]:
+        if is_copied is not None:
+            is_copied.synchronize()
+        return x.tolist(), y.tolist()
+
+    waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
+    for pair in pairs:
+        is_cuda = pair[0].is_cuda
+        x, y = (tensor.to("cpu", non_blocking=is_cuda) for tensor in pair)
+        waiting.append((x, y, torch.cuda.current_stream(pair[0].device).record_event() if is_cuda else None))
+        if len(waiting) > lag:
+            yield fetched(*waiting.popleft())
+    for late in waiting:
+        yield fetched(*late)
+
+
 @torch.no_grad()
 def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
              max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
-             stop_ids: Iterable[int] | None = None, cache: KVCache | None = None) -> Iterator[Step]:
+             stop_ids: Iterable[int] | None = None, cache: KVCache | None = None,
+             compile: bool = False) -> Iterator[Step]:
     """Continue prompts, one token a row and step, until every row has stopped; n steps are n forward passes.
 
     The prompts are input_ids (B, T), with zeros in attention_mask (B, T) where there is padding, on either side; apart
     from rounding, rows do not influence each other. Row b draws from its own generator, seeded seed + b, and stops at
     one of stop_ids, by default eos_token_id. repetition_penalty is for ids that the row holds already, prompt included.
     A `cache` that holds the first positions of an unpadded prompt, as in a conversation, saves computing them again;
-    its capacity limits the context. The other options are those of `sample`.
+    its capacity limits the context. The other options are those of `sample`. On CUDA a pass is computed while Python
+    looks at the token before: when all rows have stopped, the cache holds that token too. compile: see compiled_step.
 
     Raises ValueError, at the first step, for options out of range, ids outside the vocabulary, and a prompt that is
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
@@ -1010,7 +1047,10 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     steps = min(max_new_tokens, limit - min(lengths))
     is_padded = min(lengths) < T
     if cache is None:
-        cache = KVCache(config, B, T + steps - 1, embedding.dtype, device)
+        N = T + steps - 1
+        if compile:  # few different sizes, since each is compiled anew
+            N = max(N, min(limit, 1 << (N - 1).bit_length()))
+        cache = KVCache(config, B, N, embedding.dtype, device)
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
@@ -1019,17 +1059,26 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
     reasons: list[str | None] = [None] * B
 
-    ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, each other one over one position
-    for step in range(1, steps + 1):
-        S = cache.length + ids.shape[1]
-        logits = model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits  # (B, 1, V)
-        logits = logits[:, 0].float()  # (B, V)
-        logprobs = logits.log_softmax(-1)  # (B, V)
-        if repetition_penalty != 1:
-            logits = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
-        ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
-        seen.scatter_(1, ids, True)
-        tokens, logprobs = ids[:, 0].tolist(), logprobs.gather(1, ids)[:, 0].tolist()
+    def forward(ids: Tensor) -> Tensor:
+        """Logits (B, 1, V) after the new positions `ids`."""
+        S = cache.total(ids.shape[1])
+        return model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits
+
+    def passes(ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each step's ids (B) and their log-probabilities (B), on the device, which nothing in here waits for."""
+        ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, the others over one position
+        for step in range(1, steps + 1):
+            if compile and step == 2:
+                forward = compiled_step(model, cache, mask)
+            logits = forward(ids)[:, 0].float()  # (B, V)
+            logprobs = logits.log_softmax(-1)  # (B, V)
+            if repetition_penalty != 1:
+                logits = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
+            ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
+            seen.scatter_(1, ids, True)
+            yield ids[:, 0], logprobs.gather(1, ids)[:, 0]
+
+    for step, (tokens, logprobs) in enumerate(on_host(passes(ids, forward), lag=int(device.type == "cuda")), start=1):
         if any(map(math.isnan, logprobs)):
             raise FloatingPointError(f"token {step}: the logits are not numbers; in float16 use bfloat16 instead")
         for b, token in enumerate(tokens):
@@ -1166,8 +1215,8 @@ class Int4Linear(QuantizedLinear):
         for part in (1.0, 0.9):
             scale, offset = (most - least) * part / 15, least * part
             for fit in range(3):
-                # What is stored is rounded, and the offset belongs to number 8. Numbers that are all equal have no slope:
-                # NaN then, and never the best.
+                # What is stored is rounded, and the offset belongs to number 8. Numbers that are all equal have no
+                # slope: NaN then, and never the best.
                 scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype).float()
                 offset = (offset + 8 * scale).to(weight.dtype).float() - 8 * scale
                 number = ((w - offset) / scale).round_().clamp_(0, 15)
@@ -1189,7 +1238,7 @@ class Int4Linear(QuantizedLinear):
         parts = []
         for start, stop in self.blocks:
             number = self.numbers(start, stop).view(torch.int8).sub_(8).to(x.dtype)  # (C, stop - start)
-            groups = number.unflatten(0, (-1, self.group_size)).mul_(scale[:, None, start:stop])  # (C/g, g, stop - start)
+            groups = number.unflatten(0, (-1, self.group_size)).mul_(scale[:, None, start:stop])  # (C/g, g, outputs)
             parts.append(x @ groups.flatten(0, 1))
         # A group has one offset: it multiplies the sum of the group's inputs.
         return torch.cat(parts, dim=-1) + x.unflatten(-1, (-1, self.group_size)).sum(-1) @ offset
@@ -1238,8 +1287,9 @@ class Int8SparseLinear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
         scale, offset = self.weight[:, -8:].contiguous().view(torch.float32).unbind(1)  # (F)
-        scaled, middle = x * scale.to(x.dtype), (offset + 128 * scale).to(x.dtype)  # (..., F), (F)
-        parts = [scaled @ (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, exact in bfloat16
+        scaled = x * scale.to(x.dtype)  # (..., F)
+        middle = (offset + 128 * scale).to(x.dtype)  # (F)
+        parts = [scaled @ (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, which is exact
                  for start, stop in self.blocks]
         return torch.cat(parts, dim=-1) + (x @ middle)[..., None]
 
@@ -1274,3 +1324,240 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
             progress(done / len(linears))
     model.config = config
     return model
+
+
+# --- 11. Decoding through torch.compile -------------------------------------------------------------------------------
+
+
+class FixedShapes(KVCache):
+    """A view of a KVCache for torch.compile, where no shape may change: S is always N, all that there is room for.
+
+    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them.
+    `length` stays behind: a Python number that changes would be compiled anew.
+    """
+
+    is_transposed = False
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys, self.values, self.position, self.fused = cache.keys, cache.values, cache.position, cache.fused
+
+    def total(self, T: int) -> int:
+        """N"""
+        return self.keys.shape[3]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's k and v of the new positions, (B, H, T, D); return all, (B, H, N, D)."""
+        place = self.position + torch.arange(k.shape[2], device=k.device)  # (T)
+        self.keys[layer].index_copy_(2, place, k)
+        self.values[layer].index_copy_(2, place, v)
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, T: int) -> None:
+        """Count T more positions as seen, on the device."""
+        self.position += T
+
+
+def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
+
+    It is compiled as one graph without gaps, once for each B and N in a process, at its first call; on CUDA, PyTorch
+    then captures what the GPU has to do as a CUDA graph, so that Python and kernel launches take no time any more.
+    Nothing in it waits for the device. mask is the attention_mask (B, S) of all positions that there may be.
+    """
+    N = cache.keys.shape[3]
+    mask = nn.functional.pad(mask, (0, N - mask.shape[1]), value=1)[:, :N]  # (B, N)
+    for block in (cache.keys, cache.values):
+        block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
+    fixed = FixedShapes(cache)
+    for tensor in (fixed.keys, fixed.values, fixed.position):
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write to them where they are
+    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def step(ids: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(cache_size_limit=256):  # shapes in a process; PyTorch stops at 8
+            logits = forward(ids, mask, cache=fixed, logits_to_keep=1).logits.clone()  # (B, 1, V), a graph has its own
+        cache.length += 1  # `position` has advanced in the graph
+        return logits
+
+    return step
+
+
+# --- 12. One kernel for attention on a GPU ----------------------------------------------------------------------------
+#
+# A GPU reads weights so fast that, for one token, starting twenty small kernels a layer can take longer. This is one
+# Triton kernel for all that lies between the QKV projection and the output of attention. Everything works without it:
+# to leave it out, delete this section, `fused` in KVCache and FixedShapes, and the branch of Attention.forward.
+
+
+@lru_cache
+def attention_kernel() -> Any | None:
+    """The kernel, in float32 save for what it multiplies or stores, q, k, v and p; None without triton 3.4 or newer.
+
+    The programs of a launch share the work by blocks of queries, by heads, and by `splits` parts of the keys. Each
+    takes its queries q (M, D) past its keys k and values v (P, D), block by block, with the online softmax (Milakov and
+    Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., 2205.14135). The largest score so far is m (M); the sum of
+    weights, l (M), and of weighted values, y (M, D), are kept as if m had been subtracted from all scores:
+
+        s  = q k^T / sqrt(D)                    (M, P), -inf where a query must not look
+        m' = max(m, max(s))
+        p  = exp(s - m')
+        l' = l exp(m - m') + sum(p)
+        y' = y exp(m - m') + p v
+
+    A part's result is y / l, and its weight among the parts is softmax(m + log l), since exp(m + log l) is its sum of
+    exp(s). New keys and values are read from qkv, and normalized and turned by each program that needs them, so that
+    none waits for what another one writes.
+    """
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+    if not hasattr(triton.JITFunction, "get_capture_scope"):  # before 3.4 a kernel could not be inside a function
+        return None
+
+    @triton.jit
+    def turned_head(x, weight, bias, eps, cos, sin, t, is_row, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+        """RoPE(LayerNorm(.)) of a head's q or k at new positions t: float32 (t, D). Pointers are to t = 0."""
+        d = tl.arange(0, D)
+        pair = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))  # what RoPE turns dimension d with
+        row = x + t[:, None] * (3 * H * D)
+        x = tl.load(row + d[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        y = tl.load(row + pair[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        if weight is not None:
+            mean = tl.sum(x, 1)[:, None] / D
+            scale = 1 / tl.sqrt(tl.sum((x - mean) * (x - mean), 1)[:, None] / D + eps)
+            x = (x - mean) * scale * tl.load(weight + d)[None, :] + tl.load(bias + d)[None, :]
+            y = (y - mean) * scale * tl.load(weight + pair)[None, :] + tl.load(bias + pair)[None, :]
+        angle = t[:, None] * (R // 2) + (d % (R // 2))[None, :]
+        is_turned = is_row[:, None] & (d < R)[None, :]
+        c = tl.load(cos + angle, mask=is_turned, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=is_turned, other=0.0).to(tl.float32)
+        return x * c + y * tl.where(d < R // 2, -s, s)
+
+    @triton.jit
+    def absorb(q, k, v, is_seen, mask, m, l, y):
+        """One step of the recurrence above, with 2**x for exp(x): m counts in units of log 2."""
+        if mask is not None:
+            is_seen &= tl.load(mask, mask=is_seen, other=0) != 0
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (1.4426950408889634 / q.shape[1] ** 0.5)
+        s = tl.where(is_seen, s, -float("inf"))
+        new_m = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(new_m == -float("inf"), 0.0, new_m)  # nothing to look at so far: -inf - -inf would be NaN
+        p, keep = tl.exp2(s - base[:, None]), tl.exp2(m - base)
+        y = y * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        return new_m, l * keep + tl.sum(p, 1), y
+
+    @triton.jit
+    def attend(qkv, q_weight, q_bias, k_weight, k_bias, eps, cos, sin, rope_stride, mask, mask_stride, mask_width,
+               keys, values, position, out, lse, B, T, N,
+               H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+        """Program (i, b*H + h, split): the i-th M queries of head h in row b, and a part of the keys. Strides are those
+        of the batch, mask_width is S; out is (splits, B, T, H, D), and lse, m + log l, the same without D."""
+        b, h, split = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(2)
+        length = tl.load(position).to(tl.int32)
+        dtype = qkv.dtype.element_ty
+        qkv += (b * T * H + h) * 3 * D
+        new_k, new_v = qkv + D, qkv + 2 * D
+        cos, sin = cos + b * rope_stride, sin + b * rope_stride
+        keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
+        d, block = tl.arange(0, D), tl.arange(0, P)
+        t = tl.program_id(0) * M + tl.arange(0, M)
+        is_query = t < T
+        q = turned_head(qkv, q_weight, q_bias, eps, cos, sin, t, is_query, H, D, R).to(dtype)
+        if split == 0:
+            k = turned_head(new_k, k_weight, k_bias, eps, cos, sin, t, is_query, H, D, R).to(dtype)
+            v = tl.load(new_v + t[:, None] * (3 * H * D) + d[None, :], mask=is_query[:, None])
+            place, fits = (length + t)[:, None] * D + d[None, :], (is_query & (length + t < N))[:, None]
+            tl.store(keys + place, k, mask=fits)
+            tl.store(values + place, v, mask=fits)
+
+        m = tl.full((M,), -float("inf"), tl.float32)
+        l = tl.zeros((M,), tl.float32)
+        y = tl.zeros((M, D), tl.float32)
+        mask_row = None if mask is None else mask + b * mask_stride + t[:, None] * mask_width
+        end = length + tl.minimum(tl.program_id(0) * M + M, T)  # no query of this program looks further
+        part = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), P) * P
+        start, end = split * part, tl.minimum(split * part + part, end)
+        old_end = tl.minimum(end, length)
+        for first in range(start, old_end, P):
+            column = first + block
+            is_key = column < old_end
+            row = column[:, None] * D + d[None, :]
+            k = tl.load(keys + row, mask=is_key[:, None], other=0.0)
+            v = tl.load(values + row, mask=is_key[:, None], other=0.0)
+            is_seen = is_query[:, None] & is_key[None, :]
+            m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
+        for first in tl.range(tl.maximum(start, length), end, P, num_stages=1):
+            column = first + block
+            new, is_key = column - length, column < end
+            k = turned_head(new_k, k_weight, k_bias, eps, cos, sin, new, is_key, H, D, R).to(dtype)
+            v = tl.load(new_v + new[:, None] * (3 * H * D) + d[None, :], mask=is_key[:, None], other=0.0)
+            is_seen = is_query[:, None] & is_key[None, :] & (new[None, :] <= t[:, None])
+            m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
+        l = tl.where(l > 0, l, 1.0)  # in a part without any key to look at, m stays -inf
+        row = ((split * B + b) * T + t) * H + h
+        tl.store(out + row[:, None] * D + d[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=is_query[:, None])
+        tl.store(lse + row, (m + tl.log2(l)) * 0.6931471805599453, mask=is_query)
+
+    return attend
+
+
+@lru_cache
+def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel as an operator of PyTorch, which torch.compile takes as it is; None where there is no kernel.
+
+    Its arguments: qkv (B, T, 3*C); norms, weight and bias (D) of q_layernorm and then of k_layernorm, or none, and
+    their eps; cos and sin of rope_tables; mask of causal_mask; one layer of a cache, keys and values (B, H, N, D), and
+    its position; splits. It writes the cache and returns out and lse as the kernel makes them.
+    """
+    kernel = attention_kernel()
+    if kernel is None:
+        return None
+
+    def empty(qkv: Tensor, keys: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+        (B, H, _, D), T = keys.shape, qkv.shape[1]
+        dtype = qkv.dtype if splits == 1 else torch.float32
+        return (qkv.new_empty(splits, B, T, H, D, dtype=dtype), qkv.new_empty(splits, B, T, H, dtype=torch.float32))
+
+    def launch(qkv: Tensor, norms: list[Tensor], eps: float, cos: Tensor, sin: Tensor, mask: Tensor | None,
+               keys: Tensor, values: Tensor, position: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+        (B, H, N, D), T = keys.shape, qkv.shape[1]
+        M, P = 16, 32  # a product of matrices has 16 rows at least; P = 64 would spill registers in float32
+        out, lse = empty(qkv, keys, splits)
+        rope_stride = 0 if len(cos) == 1 else cos.stride(0)
+        mask_stride, width = (0, 0) if mask is None else (mask[0].numel() * (len(mask) > 1), mask.shape[3])
+        with torch.cuda.device_of(qkv):
+            kernel[-(-T // M), B * H, splits](
+                qkv, *(norms or [None] * 4), eps, cos, sin, rope_stride, mask, mask_stride, width, keys, values,
+                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P)
+        return out, lse
+
+    operator = torch.library.custom_op(
+        "persimmon::attention", launch, mutates_args=("keys", "values"), schema="(Tensor qkv, Tensor[] norms, "
+        "float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+        "int splits) -> (Tensor, Tensor)")
+    operator.register_fake(lambda qkv, norms, eps, cos, sin, mask, keys, values, position, splits:
+                           empty(qkv, keys, splits))
+    return operator
+
+
+def split_attention(operator: Callable[..., tuple[Tensor, Tensor]], splits: int, qkv: Tensor, *others: Any) -> Tensor:
+    """The operator, and the sum of the parts: (B, T, C). Arguments as in attention_operator."""
+    out, lse = operator(qkv, *others, splits)  # (splits, B, T, H, D), (splits, B, T, H)
+    y = out[0] if splits == 1 else (lse.softmax(0)[..., None] * out).sum(0)  # (B, T, H, D)
+    return y.flatten(2).to(qkv.dtype)
+
+
+def fused_attention(config: PersimmonConfig, batch_size: int,
+                    device: torch.device | str) -> Callable[..., Tensor] | None:
+    """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
+
+    The keys are split so that there are four programs for each of the GPU's cores.
+    """
+    operator = attention_operator() if torch.device(device).type == "cuda" else None
+    if operator is None or config.head_dim not in (16, 32, 64, 128):
+        return None
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    return partial(split_attention, operator, -(-4 * cores // (batch_size * config.num_attention_heads)))

@@ -41,6 +41,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -75,6 +76,7 @@ from persimmon import (
     quantize_model,
     rope_tables,
     sample,
+    split_attention,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -426,10 +428,11 @@ def test_gradient_checkpointing(small):
 
 def test_causal_mask():
     padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    mask = causal_mask(3, 5, padding, "cpu")[:, 0].int().tolist()
+    mask = causal_mask(torch.arange(2, 5), 5, padding)[:, 0].int().tolist()
     assert mask == [[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]]
-    assert causal_mask(3, 5, None, "cpu")[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert causal_mask(5, 5, None, "cpu") is causal_mask(1, 5, None, "cpu") is None
+    mask = causal_mask(torch.arange(2, 5), 5, None)[0, 0].int().tolist()
+    assert mask == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert causal_mask(torch.arange(5), 5, None) is causal_mask(torch.tensor([4]), 5, None) is None
 
 
 @pytest.mark.parametrize("chunks", [(5, 1, 3), (1, 1, 7), (9,), (2, 7)])
@@ -854,6 +857,239 @@ def test_convert_quantizes(tmp_path, kind):
     assert convert.main([str(out), str(tmp_path / "no")]) == 2 and not (tmp_path / "no").exists()
 
 
+# --- torch.compile and the Triton kernel ------------------------------------------------------------------------------
+#
+# The kernel runs on CUDA where there is one, else in Triton's interpreter, which has to be chosen before triton is
+# imported: a test starts these tests once more in a process where it is.
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+runs_kernel = pytest.mark.skipif(DEVICE == "cpu" and not IS_INTERPRETED, reason="no GPU; see the test in the interpreter")
+
+
+@pytest.fixture
+def operator(monkeypatch):
+    """The kernel as an operator, in whatever way it can run here."""
+    if IS_INTERPRETED:
+        from triton import language
+        from triton.runtime import interpreter
+
+        # It looks for triton.language among the globals of a kernel's file, and where it rewrites the code (so that
+        # `n = 1` makes a tensor of Triton, which this kernel does not need) it knows nothing outside of the function.
+        monkeypatch.setattr(persimmon, "tl", language, raising=False)
+        monkeypatch.setattr(interpreter.FunctionRewriter, "rewrite_ast", lambda self: self.fn)
+        monkeypatch.setattr(KVCache, "block", 10**9)  # keys as on a GPU: not transposed
+        dot = interpreter.InterpreterBuilder.create_dot
+
+        def widened(handle):  # it keeps bfloat16 as integers, and its product would multiply these
+            if handle.dtype.scalar != language.bfloat16:
+                return handle
+            return interpreter.TensorHandle((handle.data.astype("uint32") << 16).view("float32"), language.float32)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot",
+                            lambda self, a, b, *others: dot(self, widened(a), widened(b), *others))
+    return persimmon.attention_operator()
+
+
+def test_kernel_in_the_interpreter():
+    arguments = ("-m", "pytest", "-q", "-W", "error::RuntimeWarning", __file__, "-k", "kernel_runs")
+    result = subprocess.run([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "1"},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"\b8 passed, \d+ deselected", result.stdout), result.stdout
+
+
+MASKS = ("none", "padding", "holes")
+
+
+@runs_kernel
+@pytest.mark.parametrize("T", [1, 2, 5, 17, 64, 100])
+def test_kernel_runs_as_plain_attention(operator, T):
+    """Against the module in float32, with the same input: result, what is written to the cache, what is not."""
+    random.seed(T)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    cases = [(T + cached, dtype) for dtype in tolerance for cached in (0, 1, 63, 64, 65, 200)]
+    for S, dtype in cases if T < 64 or DEVICE == "cuda" else [*cases[:2], *cases[8:10], *cases[16:]]:  # 2 of each dtype
+        has_norm, kind, splits, rows = random.random() < 0.7, random.choice(MASKS), random.choice((1, 2, 5)), 2
+        H, D, R = 2, *random.choice(((64, 32), (32, 16), (32, 24), (16, 4)))
+        config = PersimmonConfig(hidden_size=H * D, num_attention_heads=H, intermediate_size=8, vocab_size=8,
+                                 num_hidden_layers=1, partial_rotary_factor=R / D, qk_layernorm=has_norm)
+        plain = persimmon.Attention(config, 0).to(DEVICE)
+        plain.dense = torch.nn.Identity()
+        norms = [*plain.q_layernorm.parameters(), *plain.k_layernorm.parameters()]
+        for p in norms:
+            p.data = torch.randn_like(p).to(dtype).float()
+        qkv = torch.randn(rows, T, 3 * H * D, device=DEVICE).to(dtype)
+        plain.query_key_value.forward = lambda _, qkv=qkv: qkv.float()
+        attention_mask = None
+        if kind == "padding":
+            attention_mask = (torch.arange(S) >= torch.tensor([[S // 2], [S - 1]])).long().to(DEVICE)
+        elif kind == "holes":
+            attention_mask = torch.randint(2, (rows, S), device=DEVICE)
+        place = torch.arange(S - T, S, device=DEVICE)
+        mask = causal_mask(place, S, attention_mask)
+        position_ids = place[None] + torch.tensor([[0], [5]], device=DEVICE)[: 1 if kind == "none" else rows]
+        rope = rope_tables(position_ids, config, torch.float32)
+        exact = KVCache(config, rows, S + 3, torch.float32, DEVICE)
+        exact.keys.normal_(), exact.values.normal_()
+        exact.seek(S - T)
+        exact.fused = None
+        cache = KVCache(config, rows, S + 3, dtype, DEVICE)
+        for block, other in ((exact.keys, cache.keys), (exact.values, cache.values)):
+            block.copy_(block.to(dtype))
+            other.copy_(block)
+            other[:, :, :, S - T :] = math.nan
+        before = cache.keys.clone(), cache.values.clone()
+        with torch.no_grad():
+            y = plain(torch.empty(rows, T, H * D, device=DEVICE), rope, mask, exact)
+            ours = split_attention(operator, splits, qkv, [p.to(dtype) for p in norms], config.layer_norm_eps, *rope, mask,
+                                   cache.keys[0], cache.values[0], torch.tensor(S - T, device=DEVICE))
+        case = f"{S - T} cached, {dtype}, D = {D}, R = {R}, norm: {has_norm}, mask: {kind}, {splits} parts"
+        assert ours.dtype == dtype and ours.shape == y.shape
+        assert (ours.float() - y).norm() < tolerance[dtype] * y.norm(), case
+        new = slice(S - T, S)
+        assert torch.equal(cache.values[..., new, :].float(), exact.values[..., new, :]), case
+        k = exact.keys[..., new, :]
+        assert (cache.keys[..., new, :].float() - k).norm() < tolerance[dtype] / 2 * k.norm(), case
+        for block, old in zip((cache.keys, cache.values), before):
+            assert torch.equal(block[..., : S - T, :], old[..., : S - T, :]) and block[..., S:, :].isnan().all(), case
+
+
+@runs_kernel
+@pytest.mark.parametrize("name", ["D64", "no QK-norm, other RoPE"])  # the second with D = 24, for which there is no kernel
+def test_kernel_runs_in_the_model(operator, folders, monkeypatch, name):
+    """Logits of chunks, and greedy tokens, with and without torch.compile, as those of transformers."""
+    model = PersimmonForCausalLM.from_pretrained(folders[name, "2023"], device=DEVICE)
+    is_possible = model.config.head_dim in (16, 32, 64)
+    calls, find = [], persimmon.fused_attention
+
+    def fused(config, batch_size, device):
+        assert DEVICE == "cpu" or (find(config, batch_size, device) is not None) == is_possible
+        return partial(split_attention, lambda *a: calls.append(1) or operator(*a), 3) if is_possible else None
+
+    monkeypatch.setattr(persimmon, "fused_attention", fused)
+    ids = random_ids(model.config, length=21).to(DEVICE)
+    theirs = oracle(folders[name, "2023"]).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask).logits[mask == 1]
+        cache, parts = KVCache(model.config, B, 30, torch.float32, DEVICE), []
+        for start, stop in ((0, 5), (5, 6), (6, 21)):
+            parts.append(model(ids[:, start:stop], mask[:, :stop], cache=cache).logits)
+        assert len(calls) == 3 * model.config.num_hidden_layers * is_possible
+        assert close(torch.cat(parts, 1)[mask == 1], expected, 1e-4)
+        expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=5)
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=7), expected)
+        if DEVICE == "cpu":  # what Inductor makes of it is tested below, without the kernel
+            compiler = torch.compile
+            monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend="aot_eager", **options))
+        ours = partial(split_attention, operator, 3) if is_possible else None
+        monkeypatch.setattr(persimmon, "fused_attention", lambda *_: ours)
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=7, compile=True), expected)
+
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@pytest.mark.skipif(sys.platform != "linux" or IS_INTERPRETED, reason="Triton compiles on Linux, without its interpreter")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_kernel_compiles(target, dtype, tmp_path, monkeypatch):
+    """For GPUs that are not here: one row and one token, or more; with and without norms and mask; D = 64 and 128."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = persimmon.attention_kernel()
+    for D, parts, absent, is_one in ((64, "fp32", (), True), (64, dtype, ("mask",), False),
+                                     (128, dtype, ("q_weight", "q_bias", "k_weight", "k_bias"), False)):
+        constants = {"H": 64, "D": D, "R": D // 2, "M": 16, "P": 32, **dict.fromkeys(absent)}
+        constants |= {"B": 1, "T": 1} if is_one else {}  # Triton itself makes a constant of an argument that is 1
+        kinds = {"mask": "*i1", "position": "*i64", "eps": "fp32", "out": f"*{parts}", "lse": "*fp32"}
+        kinds |= dict.fromkeys(("B", "T", "N", "rope_stride", "mask_stride", "mask_width"), "i32")
+        signature = {name: "constexpr" if name in constants else kinds.get(name, f"*{dtype}") for name in kernel.arg_names}
+        aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]))
+        assert len(compiled.asm["cubin" if target.startswith("sm") else "hsaco"]) > 1000
+        assert compiled.metadata.shared <= 64 * 1024 if D == 64 else 100 * 1024  # what small GPUs have
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for find in (persimmon.attention_kernel, persimmon.attention_operator):
+        find.cache_clear()
+    try:
+        assert persimmon.attention_operator() is None
+        assert persimmon.fused_attention(CONFIGS["D64"], 1, "cuda") is None
+    finally:
+        monkeypatch.undo()
+        for find in (persimmon.attention_kernel, persimmon.attention_operator):
+            find.cache_clear()
+
+
+def test_compiled_decoding(pair, monkeypatch):
+    """One graph for all steps and later calls of the same shape, and the same tokens, in ragged batches too."""
+    model, compiler, counter = pair[0], torch.compile, CompileCounter()
+    assert torch.compiler.is_compiling() is False
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend=counter, **options))
+    ids = random_ids(model.config, length=9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for arguments in ((ids, mask, 6), (ids + 1, mask, 8), (ids, None, 8)):
+        expected = model.generate(*arguments[:2], max_new_tokens=arguments[2], repetition_penalty=1.2)
+        found = model.generate(*arguments[:2], max_new_tokens=arguments[2], repetition_penalty=1.2, compile=True)
+        assert torch.equal(found, expected) and counter.frame_count == 1
+    cache = KVCache(model.config, 1, 40, torch.float32, "cpu")  # as in a conversation: the cache goes on to be used
+    cache.values.fill_(math.nan), cache.keys.fill_(math.nan)
+    text = ids[:1]
+    for turn in range(2):
+        expected = model.generate(text, max_new_tokens=5)
+        text = model.generate(text, max_new_tokens=5, cache=cache, compile=True)
+        assert torch.equal(text, expected) and cache.length == int(cache.position) == text.shape[1] - 1
+        text = torch.cat((text, ids[1:, :3]), 1)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+def test_compiled_decoding_with_inductor(monkeypatch):
+    """What PyTorch's own compiler makes of it, in mode and options as they are; one layer, since that takes its time."""
+    torch._dynamo.reset()
+    model = randomize(PersimmonForCausalLM(replace(CONFIGS["D64"], num_hidden_layers=1))).eval()
+    ids = random_ids(model.config, length=6)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, compile=True), model.generate(ids, max_new_tokens=5))
+
+
+def test_on_host(small, monkeypatch):
+    """With a lag of one, as on CUDA, pass n + 1 is asked for before the result of pass n is looked at; same results."""
+    events, on_host = [], persimmon.on_host
+
+    def passes():
+        for n in range(3):
+            events.append(f"pass {n}")
+            yield torch.tensor([n, 7]), torch.tensor([0.5, -float(n)])
+
+    for lag in (0, 1):
+        for tokens, logprobs in on_host(passes(), lag):
+            assert tokens[1] == 7 and logprobs == [0.5, -tokens[0]]
+            events.append(f"result {tokens[0]}")
+    assert events[:6] == ["pass 0", "result 0", "pass 1", "result 1", "pass 2", "result 2"]
+    assert events[6:] == ["pass 0", "pass 1", "result 0", "pass 2", "result 1", "result 2"]
+
+    ids = random_ids(small.config, length=9)
+    steps = list(generate(small, ids, max_new_tokens=30, temperature=0.7))
+    ends = [step.tokens[0] for step in steps[9:11]]
+    for stop_ids in ((), ends):
+        expected = list(generate(small, ids[:1], max_new_tokens=30, temperature=0.7, stop_ids=stop_ids))
+        with monkeypatch.context() as patch:
+            patch.setattr(persimmon, "on_host", lambda pairs, lag: on_host(pairs, 1))
+            count, cache = count_passes(small), KVCache(small.config, 1, 40, torch.float32, "cpu")
+            found = list(generate(small, ids[:1], max_new_tokens=30, temperature=0.7, stop_ids=stop_ids, cache=cache))
+        assert found == expected and len(count) == min(30, len(expected) + 1)
+        assert cache.length == 9 + len(count) - 1
+
+
 # --- the shape comments, executed ------------------------------------------------------------------------------------
 
 SHAPE = re.compile(r"#.*?\(([0-9A-Z][0-9A-Z*/+, ]*)\)")
@@ -936,6 +1172,12 @@ def test_shape_comments(small, monkeypatch):
             cls(c).eval()(ids)
         quantize_model(copy.deepcopy(small), "int8")(ids)
         Int4Linear(torch.nn.Linear(64, 128), 32)
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        list(generate(small, ids, mask, max_new_tokens=5, compile=True))
+        heads = c.num_attention_heads, c.head_dim
+        monkeypatch.setattr(persimmon, "fused_attention", lambda *_: partial(split_attention, lambda qkv, *_: (
+            torch.ones(6, *qkv.shape[:2], *heads), torch.zeros(6, *qkv.shape[:2], heads[0])), 6))
+        list(generate(small, ids, max_new_tokens=5, compile=True))
 
     sys.settrace(tracer)
     try:
