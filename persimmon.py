@@ -252,19 +252,18 @@ class KVCache:
         self.position = torch.zeros((), dtype=torch.long, device=device)
         self.fused = fused_attention(config, B, device)
 
-    def total(self, T: int) -> int:
-        """S, the number of positions that T new ones see or are."""
+    def total(self, B: int, T: int) -> int:
+        """S for T new positions in each of B rows; ValueError where they do not fit."""
+        _, rows, _, N, _ = self.keys.shape
+        _require(B == rows, f"the cache is for a batch of {rows}, the input has {B} rows")
+        _require(self.length + T <= N,
+                 f"the cache has room for {N} positions: {self.length} are taken and {T} more do not fit")
         return self.length + T
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's k and v of the new positions, (B, H, T, D); return all there are now, (B, H, S, D).
-
-        Raises ValueError where they do not fit.
-        """
-        (_, B, _, N, _), T = self.keys.shape, k.shape[2]
-        S = self.total(T)
-        _require(k.shape[0] == B, f"the cache is for a batch of {B}, the input has {k.shape[0]} rows")
-        _require(S <= N, f"the cache has room for {N} positions: {self.length} are taken and {T} more do not fit")
+        """Store one layer's k and v of the new positions, (B, H, T, D); return all there are now, (B, H, S, D)."""
+        T = k.shape[2]
+        S = self.length + T
         self.keys[layer, :, :, self.length : S] = k
         self.values[layer, :, :, self.length : S] = v
         if self.length == 0:
@@ -418,7 +417,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, all until `dense` in one kernel
+        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, one kernel does all until `dense`
             norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
             keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
             return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
@@ -584,7 +583,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         B, T, _ = x.shape
         place, S = torch.arange(T, device=x.device), T  # of the new positions among all S
         if cache is not None:
-            place, S = place + cache.position, cache.total(T)
+            place, S = place + cache.position, cache.total(B, T)
         if attention_mask is not None:
             shape = tuple(attention_mask.shape)
             _require(shape == (B, S), f"attention_mask has shape {shape} and has to have (B, S) = ({B}, {S})")
@@ -1061,7 +1060,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     def forward(ids: Tensor) -> Tensor:
         """Logits (B, 1, V) after the new positions `ids`."""
-        S = cache.total(ids.shape[1])
+        S = cache.length + ids.shape[1]
         return model(ids, mask[:, :S] if is_padded else None, cache=cache, logits_to_keep=1).logits
 
     def passes(ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1341,7 +1340,7 @@ class FixedShapes(KVCache):
     def __init__(self, cache: KVCache) -> None:
         self.keys, self.values, self.position, self.fused = cache.keys, cache.values, cache.position, cache.fused
 
-    def total(self, T: int) -> int:
+    def total(self, B: int, T: int) -> int:
         """N"""
         return self.keys.shape[3]
 
@@ -1526,7 +1525,9 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
         (B, H, N, D), T = keys.shape, qkv.shape[1]
         M, P = 16, 32  # a product of matrices has 16 rows at least; P = 64 would spill registers in float32
         out, lse = empty(qkv, keys, splits)
-        rope_stride = 0 if len(cos) == 1 else cos.stride(0)
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        rope_stride = 0 if len(cos) == 1 else cos[0].numel()
         mask_stride, width = (0, 0) if mask is None else (mask[0].numel() * (len(mask) > 1), mask.shape[3])
         with torch.cuda.device_of(qkv):
             kernel[-(-T // M), B * H, splits](

@@ -36,6 +36,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 128,512")
+    return [int(part) for part in text.split(",")]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with exactly one of prompt, --file, --batch and --chat."""
     parser = Parser(description="Write text with a Persimmon model.")
@@ -72,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "with --quantize int4: 32, 64 or 128 (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--compile", action="store_true", help="for a GPU: decode through torch.compile and CUDA graphs, which "
+        "takes time at the start and saves some for each token")
     add("--dense", action="store_true", help="on a CPU, read also weights that only zeros multiply, and keep all "
         "of them mapped from the file")
     add("-c", "--ctx-size", metavar="N", type=int, help="tokens that --chat remembers (default: the model's context)")
@@ -81,8 +90,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "finish_reason, seed, figures")
     add("-q", "--quiet", action="store_true", help="no figures and no progress")
     add = parser.add_argument_group("benchmark").add_argument
-    add("--bench", action="store_true", help="instead of text, a table: tokens/s for prompts of 128 and 512 tokens and "
-        "for 64 new ones after 0, 2048 and 8192, beside the speed at which memory can be read")
+    add("--bench", action="store_true", help="instead of text, a table: tokens/s for prompts and for 64 new tokens "
+        "after a context, and what part of this machine's speed that is")
+    add("--n-prompt", metavar="N,...", type=numbers, default="128,512",
+        help="lengths of prompts (default: %(default)s)")
+    add("--n-depth", metavar="N,...", type=numbers, default="0,2048,8192",
+        help="lengths of contexts (default: %(default)s)")
+    add("--batch-size", metavar="N,...", type=numbers, default="1", help="texts at once (default: %(default)s)")
     add("--random", metavar="8b[:L]", help="for --bench: random weights in the 8B's shape, with L layers if not 36")
     add("--density", metavar="P", type=float, default=0.5, help="with --random, the part of the MLP's activations that "
         "is not zero; about 0.1 in the trained model (default: %(default)s)")
@@ -105,10 +119,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("num_samples", 1, math.inf), ("threads", 1, math.inf), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
         ("temp", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, 2**62),
         ("repetition_penalty", 0.001, math.inf), ("density", 0.001, 0.999), ("repetitions", 1, math.inf),
+        ("n_prompt", 1, math.inf), ("n_depth", 0, math.inf), ("batch_size", 1, math.inf),
     ):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range: it goes from {least} to {most}")
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not least <= value <= most:
+                parser.error(f"--{name.replace('_', '-')} {value} is out of range: it goes from {least} to {most}")
     return args
 
 
@@ -172,18 +188,23 @@ class Sample:
 
 
 class Density:
-    """Counts the activations that are not zero in front of each SparseLinear, while single tokens pass on a CPU."""
+    """Counts the activations that are not zero in front of each SparseLinear, while single tokens pass.
 
-    def __init__(self, model: PersimmonForCausalLM) -> None:
+    Only on a CPU, where it matters, and not in torch.compile, which would have to stop for it.
+    """
+
+    def __init__(self, model: PersimmonForCausalLM, args: argparse.Namespace) -> None:
         from persimmon import Int8SparseLinear, SparseLinear
 
         self.nonzero = self.total = 0
         self.layers = [layer for layer in model.modules() if isinstance(layer, (SparseLinear, Int8SparseLinear))]
-        self.hooks = [layer.register_forward_pre_hook(self.count) for layer in self.layers]
+        is_on_cpu = model.model.embed_tokens.weight.device.type == "cpu"
+        counted = self.layers if is_on_cpu and not args.compile else []
+        self.hooks = [layer.register_forward_pre_hook(self.count) for layer in counted]
 
     def count(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         """A hook in front of a layer."""
-        if inputs[0].shape[-2] == 1 and inputs[0].device.type == "cpu":
+        if inputs[0].shape[-2] == 1:
             self.nonzero += int(inputs[0].count_nonzero())
             self.total += inputs[0].numel()
 
@@ -210,8 +231,8 @@ class Figures(NamedTuple):
     prompt_tokens_per_second: float
     seconds_to_first_token: float
     tokens: int
-    tokens_per_second: float
-    gigabytes_per_second: float  # of weights read, while tokens after the first were made
+    tokens_per_second: float  # after the first token, and with --compile after the third, when all is compiled
+    gigabytes_per_second: float  # of weights read, at that speed
     density: float | None  # part of the MLP's activations that were not zero, in single-token passes on a CPU
 
 
@@ -236,19 +257,21 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
         note = ""
 
     print(note, end="", file=sys.stderr, flush=True)
-    density = Density(model)
-    start, first, passes = time.perf_counter(), 0.0, 0
+    density = Density(model, args)
+    start = time.perf_counter()
+    steps: list[tuple[float, int]] = []  # of each step: when it ended, tokens so far
     try:
         for step in generate(
             model, ids, mask, max_new_tokens=args.max_tokens, temperature=args.temp, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=seed,
-            stop_ids=() if args.ignore_eos else None, cache=cache,
+            stop_ids=() if args.ignore_eos else None, cache=cache, compile=args.compile,
         ):
             wipe()
-            first, passes = first or time.perf_counter(), passes + 1
+            now = time.perf_counter()
             for sample, *values in zip(samples, *step):
                 if sample.finish_reason is None:
                     sample.push(*values)
+            steps.append((now, sum(len(sample.ids) for sample in samples)))
             show()
             if all(sample.finish_reason for sample in samples):
                 break
@@ -259,13 +282,17 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
     finally:
         wipe()
         share = density.stop()
-    prefill, decode = (first or start) - start, time.perf_counter() - (first or start)
-    count = sum(len(sample.ids) for sample in samples)
+    prefill = steps[0][0] - start if steps else 0.0
+    passes, speed = 0, 0.0
+    first = 2 if args.compile else 0  # from the end of this step on, speed is measured
+    if len(steps) > first + 1:
+        (since, before), (now, count), passes = steps[first], steps[-1], len(steps) - first - 1
+        speed = (count - before) / (now - since)
     weights = density.weights_read(model, len(samples))
     return Figures(
-        prompt_tokens, round(prompt_tokens / prefill, 2) if prefill else 0.0, round(prefill, 3), count,
-        round((count - len(samples)) / decode, 2) if passes > 1 else 0.0,
-        round((passes - 1) * weights / decode / 1e9, 2) if passes > 1 else 0.0, share and round(share, 4),
+        prompt_tokens, round(prompt_tokens / prefill, 2) if prefill else 0.0, round(prefill, 3),
+        sum(len(sample.ids) for sample in samples), round(speed, 2),
+        round(passes * weights / (now - since) / 1e9, 2) if passes else 0.0, share and round(share, 4),
     )
 
 
@@ -427,32 +454,44 @@ def random_model(config: PersimmonConfig, density: float, dtype: torch.dtype, de
     return model.eval()
 
 
-def read_bandwidth(device: str) -> float:
-    """GB/s: the best of several reads of 2 GB, by several operations."""
+def machine_speed(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """GB/s at which memory can be read, and TFLOP/s of a product of matrices: the best of several tries of each."""
     import torch
 
     data = torch.ones(2**29, device=device)  # 2.1 GB
-    best = math.inf
-    for read in (data.sum, data.view(torch.int64).sum, data.amax, data.view(torch.int32).amax) * 4:
-        start = time.perf_counter()
-        read().item()
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best / 1e9
+    size, repeats = (4096, 1) if device == "cpu" else (8192, 16)  # a GPU takes orders in advance
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+
+    def best(*works: Callable[[], torch.Tensor]) -> float:
+        """Seconds of the quickest of these, tried four times each."""
+        seconds = []
+        for work in works * 4:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = work()
+            result.flatten()[0].item()  # waits for the device
+            seconds.append((time.perf_counter() - start) / repeats)
+        return min(seconds)
+
+    read = best(data.sum, data.view(torch.int64).sum, data.amax, data.view(torch.int32).amax)
+    return data.nbytes / read / 1e9, 2 * size**3 / best(lambda: a @ b) / 1e12
 
 
 def bench(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> int:
     """Print a table in the manner of llama-bench; the exit code.
 
     ppT reads a prompt of T tokens; tg64 @ S writes 64 tokens, greedily, after S that the cache holds already (they are
-    zeros: what is in it makes no difference to the time). GB/s counts the weights and the cache that were read.
+    zeros: what is in it makes no difference to the time); x B means B texts at once, whose tokens count together. A
+    prompt's time is that of arithmetic: TFLOP/s counts matrices and attention. A token's time is that of reading
+    memory: GB/s counts the weights and the cache.
     """
     import torch
 
     from persimmon import KVCache, PersimmonConfig, PersimmonForCausalLM, generate
 
-    bandwidth = read_bandwidth(device)
+    dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
+    limits = machine_speed(device, dtype)
     if args.random:
-        dtype = getattr(torch, "bfloat16" if args.dtype == "auto" else args.dtype)
         config = PersimmonConfig(num_hidden_layers=args.layers, group_size=args.group_size)
         model = random_model(config, args.density, dtype, device, not args.dense, args.quantize, progress)
     else:
@@ -463,9 +502,10 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     size = sum(x.nbytes for x in model.state_dict().values())
     name = f"{args.random} random" if args.random else args.model.name
     kind = {None: str(weight.dtype).removeprefix("torch."), "int8": "int8", "int4": f"int4 g{config.group_size}"}
+    place = device if device != "cpu" else f"{torch.get_num_threads()} threads"
     facts = (f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {kind[config.quantize]} | "
-             f"{device if device != 'cpu' else f'{torch.get_num_threads()} threads'}")
-    rows: list[tuple[str, list[float], float, float | None]] = []  # test, tok/s of each run, GB a token, not zero
+             f"{place}{', compiled' if args.compile else ''}")
+    rows: list[tuple[str, list[float], float, str, float | None]] = []  # test, tok/s, work a token, unit, not zero
 
     def note(text: str, stays: bool = False) -> None:
         if sys.stderr.isatty() and not args.quiet:
@@ -473,48 +513,53 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
         elif stays and not args.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def test(title: str, T: int, S: int, n: int) -> None:
-        """Write n tokens after a prompt of T of which the cache holds S; the time is that of all passes."""
-        speeds, density = [], Density(model)
-        ids = torch.full((1, T), 71)
+    def test(T: int, S: int, n: int, B: int) -> None:
+        """Write n tokens after a prompt of T of which the cache holds S, B times; the time is that of all passes."""
+        title = (f"pp{T}" if n == 1 else f"tg{n} @ {S}") + (f" x {B}" if B > 1 else "")
+        per_position = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * B  # bytes of cache
+        if T + n - 1 > config.max_position_embeddings:
+            return note(f"{title} left out: the context is {config.max_position_embeddings}", stays=True)
+        if device == "cpu" and per_position * (T + n) > free_memory():
+            gigabytes = per_position * (T + n) / 1e9
+            return note(f"{title} left out: its cache takes {gigabytes:.1f} GB, more than is free", stays=True)
+        speeds, density = [], Density(model, args)
+        ids = torch.full((B, T), 71)
+        cache = KVCache(config, B, T + n, weight.dtype, weight.device)
+        for block in (cache.keys, cache.values) if S else ():
+            block.zero_()
         for run in range(-1, args.repetitions):  # the first one is to warm up
             note(f"{title}, run {run + 1} of {args.repetitions} ..." if run >= 0 else f"{title} ...")
-            cache = KVCache(config, 1, T + n, weight.dtype, weight.device)
-            for block in (cache.keys, cache.values) if S else ():
-                block.zero_()
             cache.seek(S)
             start = time.perf_counter()
-            for _ in generate(model, ids, max_new_tokens=n if run >= 0 else 1, stop_ids=(), cache=cache):
+            for _ in generate(model, ids, max_new_tokens=n if run >= 0 else min(n, 4), stop_ids=(), cache=cache,
+                              compile=args.compile):
                 pass
             if run >= 0:
-                speeds.append((T - S + n - 1) / (time.perf_counter() - start))
+                speeds.append(B * (T - S + n - 1) / (time.perf_counter() - start))
         share = density.stop()
-        cached = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * (S + n / 2)
-        read = (density.weights_read(model, 1) + cached) / 1e9 if n > 1 else 0.0  # a prompt is bound by arithmetic
-        rows.append((title, speeds, read, share if n > 1 else None))
-
-    for T in (128, 512):
-        if T < config.max_position_embeddings:
-            test(f"pp{T}", T, 0, 1)
-    for S in (0, 2048, 8192):
-        need = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * (S + 65)
-        if S + 65 > config.max_position_embeddings:
-            note(f"tg64 @ {S} left out: the context is {config.max_position_embeddings}", stays=True)
-        elif device == "cpu" and need > free_memory():
-            note(f"tg64 @ {S} left out: its cache takes {need / 1e9:.1f} GB, more than is free", stays=True)
+        if n == 1:
+            C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+            work = 2 * L * (4 * C * C + 2 * F * C + C * T) - 4 * F * C  # of the last block's MLP one token is wanted
+            rows.append((title, speeds, work / 1e12, "TFLOP/s", None))
         else:
-            test(f"tg64 @ {S}", S + 1, S, 64)
+            read = density.weights_read(model, B) + per_position * (S + n / 2)
+            rows.append((title, speeds, read / B / 1e9, "GB/s", share))
+
+    for B in args.batch_size:
+        for T in args.n_prompt:
+            test(T, 0, 1, B)
+        for S in args.n_depth:
+            test(S + 1, S, 64, B)
     note("")
-    bandwidth = max(bandwidth, read_bandwidth(device))
-    print("| model | size | params | dtype | on | test | tok/s | GB/s | of memory's speed | not zero |")
+    limit = dict(zip(("GB/s", "TFLOP/s"), map(max, limits, machine_speed(device, dtype))))
+    print("| model | size | params | dtype | on | test | tok/s | that is | of what is possible | not zero |")
     print("|---|--:|--:|---|---|--:|--:|--:|--:|--:|")
-    for title, speeds, gigabytes, share in rows:
+    for title, speeds, work, unit, share in rows:
         mean, spread = statistics.mean(speeds), statistics.stdev(speeds) if len(speeds) > 1 else 0.0
-        rate = f"{mean * gigabytes:.1f} | {mean * gigabytes / bandwidth:.0%}" if gigabytes else "|"
-        rate += " | " if share is None else f" | {share:.0%}"
-        print(f"| {facts} | {title} | {mean:.2f} ± {spread:.2f} | {rate} |")
-    print(f"\nMemory can be read at {bandwidth:.1f} GB/s here, the best of several tries before and after. Peak memory "
-          f"{peak_memory(device)}.")
+        rate = f"{mean * work:.2f} {unit} | {mean * work / limit[unit]:.0%}"
+        print(f"| {facts} | {title} | {mean:.2f} ± {spread:.2f} | {rate} | {'' if share is None else f'{share:.0%}'} |")
+    print(f"\nThis machine reads memory at {limit['GB/s']:.2f} GB/s and multiplies matrices at {limit['TFLOP/s']:.2f} "
+          f"TFLOP/s, the best of several tries before and after. Peak memory {peak_memory(device)}.")
     return 0
 
 

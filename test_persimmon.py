@@ -925,10 +925,10 @@ def test_kernel_runs_as_plain_attention(operator, T):
         if kind == "padding":
             attention_mask = (torch.arange(S) >= torch.tensor([[S // 2], [S - 1]])).long().to(DEVICE)
         elif kind == "holes":
-            attention_mask = torch.randint(2, (rows, S), device=DEVICE)
+            attention_mask = torch.randint(2, (S, rows), device=DEVICE).t()
         place = torch.arange(S - T, S, device=DEVICE)
         mask = causal_mask(place, S, attention_mask)
-        position_ids = place[None] + torch.tensor([[0], [5]], device=DEVICE)[: 1 if kind == "none" else rows]
+        position_ids = (place[:, None] + torch.tensor([0, 5], device=DEVICE)[: 1 if kind == "none" else rows]).t()
         rope = rope_tables(position_ids, config, torch.float32)
         exact = KVCache(config, rows, S + 3, torch.float32, DEVICE)
         exact.keys.normal_(), exact.values.normal_()
@@ -2329,21 +2329,45 @@ def test_command_line_errors(arguments, message):
 
 
 def test_bench():
-    result = sample_py("--bench", "-r", "2")
+    result = sample_py("--bench", "-r", "2", "--n-prompt", "128,512", "--n-depth", "0,2048,40", "--batch-size", "1,3")
     error, lines = result.stderr.decode(), result.stdout.decode().splitlines()
     assert result.returncode == 0 and "tg64 @ 2048 left out: the context is 1024" in error
-    speed = float(re.search(r"Memory can be read at ([\d.]+) GB/s", lines[-1])[1])
+    limits = re.search(r"reads memory at ([\d.]+) GB/s and multiplies matrices at ([\d.]+) TFLOP/s", lines[-1])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| tiny")]
-    assert [row[5] for row in rows] == ["pp128", "pp512", "tg64 @ 0"] and {row[3] for row in rows} == {"bfloat16"}
+    names = ["pp128", "pp512", "tg64 @ 0", "tg64 @ 40"]
+    assert [row[5] for row in rows] == names + [f"{name} x 3" for name in names]
+    assert {row[3] for row in rows} == {"bfloat16"}
     for row in rows:
         mean, spread = map(float, row[6].split(" ± "))
         assert mean > 0 and spread >= 0 and len(row) == 10
-    tokens, gigabytes, share = (float(cell.strip("%")) for cell in (rows[2][6].split()[0], *rows[2][7:9]))
-    config, tensors = PersimmonConfig.from_pretrained(TINY), load_file(TINY / "model.safetensors")
+    c, tensors = PersimmonConfig.from_pretrained(TINY), load_file(TINY / "model.safetensors")
+    C, F, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     weights = sum(p.numel() for name, p in tensors.items() if "embed" not in name) * 2
-    cached = 2 * config.num_hidden_layers * config.hidden_size * 2 * 32
-    assert gigabytes == pytest.approx(tokens * (weights + cached) / 1e9, rel=0.01, abs=0.051)
-    assert share == pytest.approx(100 * gigabytes / speed, abs=1)
+    gigabytes = {"tg64 @ 0": weights + L * C * 128, "tg64 @ 40": weights + L * C * 288}  # 2 * 2 bytes * (0 or 40, + 32)
+    gigabytes |= {"tg64 @ 0 x 3": weights / 3 + L * C * 128, "tg64 @ 40 x 3": weights / 3 + L * C * 288}
+    for row in rows:
+        tokens, (work, unit) = float(row[6].split()[0]), row[7].split()
+        if row[5].startswith("pp"):
+            T = int(row[5].split()[0][2:])
+            each = 2 * (L * (4 * C * C + 2 * F * C) - 2 * F * C + L * C * T) / 1e12
+            assert unit == "TFLOP/s"
+        else:
+            each = gigabytes[row[5]] / 1e9
+            assert unit == "GB/s"
+        assert float(work) == pytest.approx(tokens * each, rel=0.002, abs=0.006)
+        limit = float(limits[1 if unit == "GB/s" else 2])
+        assert float(row[8].strip("%")) == pytest.approx(100 * float(work) / limit, rel=0.05, abs=1)
+
+
+def test_command_line_compile(monkeypatch, capsys):
+    compiler, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **_: compiled.append(mode) or compiler(f, backend="eager"))
+    for options in ((), ("--compile",)):
+        assert sample_script.main(["FLAVIUS:", "-n", "9", "--temp", "0", *options]) == 0
+    out, error = capsys.readouterr()
+    half = len(out) // 2
+    assert out[:half] == out[half:] and compiled == ["reduce-overhead"]
+    assert len(re.findall(r"generated +9 tokens +\d\d", error)) == 2
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
@@ -2354,7 +2378,7 @@ def test_random_model_and_its_density(density, monkeypatch):
     fractions = []
     model = sample_script.random_model(config, density, torch.float32, "cpu", True, None, fractions.append)
     assert fractions[-1] == 1 and all(p.isfinite().all() for p in model.parameters())
-    counted = sample_script.Density(model)
+    counted = sample_script.Density(model, argparse.Namespace(compile=False))
     for step in generate(model, torch.tensor([[7]]), max_new_tokens=30):
         assert math.isfinite(step.logprobs[0])
     assert counted.stop() == pytest.approx(density, abs=0.05)
@@ -2367,7 +2391,7 @@ def test_random_model_and_its_density(density, monkeypatch):
     list(generate(model, torch.tensor([[7]]), max_new_tokens=2))
     assert counted.total == total
     dense = sample_script.random_model(config, density, torch.float32, "cpu", False, None, fractions.append)
-    assert sample_script.Density(dense).weights_read(dense, 1) == weights
+    assert sample_script.Density(dense, argparse.Namespace(compile=False)).weights_read(dense, 1) == weights
     small = sample_script.random_model(config, density, torch.float32, "cpu", True, "int8", fractions.append)
     counted = sample_script.Density(small)
     list(generate(small, random_ids(config, rows=1, length=9), max_new_tokens=1))
