@@ -2375,10 +2375,10 @@ def test_random_model_and_its_density(density, monkeypatch):
     """The density of random weights is what was asked for, and what is said to be read depends on it."""
     use_one_token_products(monkeypatch)
     config = replace(CONFIGS["D64"], hidden_size=512, intermediate_size=1024)
-    fractions = []
+    fractions, count = [], partial(sample_script.Density, args=argparse.Namespace(compile=False))
     model = sample_script.random_model(config, density, torch.float32, "cpu", True, None, fractions.append)
     assert fractions[-1] == 1 and all(p.isfinite().all() for p in model.parameters())
-    counted = sample_script.Density(model, argparse.Namespace(compile=False))
+    counted = count(model)
     for step in generate(model, torch.tensor([[7]]), max_new_tokens=30):
         assert math.isfinite(step.logprobs[0])
     assert counted.stop() == pytest.approx(density, abs=0.05)
@@ -2391,9 +2391,9 @@ def test_random_model_and_its_density(density, monkeypatch):
     list(generate(model, torch.tensor([[7]]), max_new_tokens=2))
     assert counted.total == total
     dense = sample_script.random_model(config, density, torch.float32, "cpu", False, None, fractions.append)
-    assert sample_script.Density(dense, argparse.Namespace(compile=False)).weights_read(dense, 1) == weights
+    assert count(dense).weights_read(dense, 1) == weights
     small = sample_script.random_model(config, density, torch.float32, "cpu", True, "int8", fractions.append)
-    counted = sample_script.Density(small)
+    counted = count(small)
     list(generate(small, random_ids(config, rows=1, length=9), max_new_tokens=1))
     assert counted.total == 1024  # of a prompt only the last token of the last layer comes alone
     list(generate(small, torch.tensor([[7]]), max_new_tokens=30))
