@@ -519,7 +519,7 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
         per_position = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * B  # bytes of cache
         if T + n - 1 > config.max_position_embeddings:
             return note(f"{title} left out: the context is {config.max_position_embeddings}", stays=True)
-        if device == "cpu" and per_position * (T + n) > free_memory():
+        if per_position * (T + n) > free_memory(device):
             gigabytes = per_position * (T + n) / 1e9
             return note(f"{title} left out: its cache takes {gigabytes:.1f} GB, more than is free", stays=True)
         speeds, density = [], Density(model, args)
@@ -557,14 +557,22 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     for title, speeds, work, unit, share in rows:
         mean, spread = statistics.mean(speeds), statistics.stdev(speeds) if len(speeds) > 1 else 0.0
         rate = f"{mean * work:.2f} {unit} | {mean * work / limit[unit]:.0%}"
-        print(f"| {facts} | {title} | {mean:.2f} ± {spread:.2f} | {rate} | {'' if share is None else f'{share:.0%}'} |")
+        rate += f" | {share:.0%}" if share is not None else " | "
+        print(f"| {facts} | {title} | {mean:.2f} ± {spread:.2f} | {rate} |")
     print(f"\nThis machine reads memory at {limit['GB/s']:.2f} GB/s and multiplies matrices at {limit['TFLOP/s']:.2f} "
           f"TFLOP/s, the best of several tries before and after. Peak memory {peak_memory(device)}.")
     return 0
 
 
-def free_memory() -> float:
+def free_memory(device: str) -> float:
     """Bytes of memory that are free or hold nothing but files; infinity where the system does not say."""
+    import torch
+
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device != "cpu":
+        return math.inf
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

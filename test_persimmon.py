@@ -1224,6 +1224,28 @@ def test_sampling_has_the_exact_probabilities(options):
     assert chi_square < (0.0001, 10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32)[int(kept.sum()) - 1]
 
 
+@pytest.mark.parametrize("top_k, top_p, spread, is_short", [
+    (0, 0.9, 4.0, True), (0, 0.9, 0.1, False), (7, 0.5, 0.1, True), (300, 1.0, 4.0, True), (700, 1.0, "whole numbers", False),
+])  # fmt: skip
+def test_ranking_a_part_is_as_good_as_all(top_k, top_p, spread, is_short):
+    """Also with ties, of which numbers of 16 bit have many; and a row does not depend on the others."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5000)
+    logits = logits.round() if spread == "whole numbers" else (logits * spread).bfloat16().float()
+    logits -= logits.amax(-1, keepdim=True)
+    everything, all_ids = logits.sort(dim=-1, descending=True, stable=True)
+    part, ids = persimmon.ranked(logits, top_k, top_p)
+    assert (part.shape[1] < 5000) == is_short
+    share = everything.softmax(-1)
+    kept = top_k or int(((share.cumsum(-1) - share) < top_p).sum(-1).max())
+    assert torch.equal(part[:, :kept], everything[:, :kept]) and torch.equal(ids[:, :kept], all_ids[:, :kept])
+    options = {"temperature": 1.0, "top_k": top_k, "top_p": top_p}
+    beside_a_flat_row = torch.stack((logits[0], torch.zeros(5000)))
+    for row in range(20):
+        drawn = sample(beside_a_flat_row, [torch.Generator().manual_seed(row) for _ in range(2)], **options)[0]
+        assert drawn == sample(logits[:1], [torch.Generator().manual_seed(row)], **options)[0]
+
+
 def test_greedy_ties_and_limits():
     tied = torch.tensor([[0.0, 3.0, 3.0, 1.0, 3.0]] * 20)
     assert sample(tied, [], 0.0).tolist() == [1] * 20
@@ -2356,7 +2378,7 @@ def test_bench():
             assert unit == "GB/s"
         assert float(work) == pytest.approx(tokens * each, rel=0.002, abs=0.006)
         limit = float(limits[1 if unit == "GB/s" else 2])
-        assert float(row[8].strip("%")) == pytest.approx(100 * float(work) / limit, rel=0.05, abs=1)
+        assert float(row[8].strip("%")) == pytest.approx(100 * float(work) / limit, abs=1 + 0.6 / limit)  # both rounded
 
 
 def test_command_line_compile(monkeypatch, capsys):
