@@ -986,6 +986,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
     number = 1 - torch.stack(random)  # (B, 1)
     choice = torch.searchsorted(sums, number * sums[:, -1:])  # (B, 1)
+    choice = choice.clamp(max=sums.shape[1] - 1)  # (B, 1), where all is NaN, for `generate` to report
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 

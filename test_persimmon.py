@@ -1373,8 +1373,9 @@ def test_model_generate_lengths(small):
 def test_logits_that_are_not_numbers(folders):
     model = PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
     model.lm_head.weight.data[3] = math.nan
-    with pytest.raises(FloatingPointError, match="token 1: the logits are not numbers"):
-        next(generate(model, random_ids(model.config)))
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.5}):
+        with pytest.raises(FloatingPointError, match="token 1: the logits are not numbers"):
+            next(generate(model, random_ids(model.config), **options))
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
