@@ -664,6 +664,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError, RecursionError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
+        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).partition("\n")[0]
+            print(f"sample.py: error: --compile does not work here, leave it out: {reason}", file=sys.stderr)
+            return 2
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         print("sample.py: error: out of memory: try a smaller --ctx-size, --max-tokens or --num-samples, or another "

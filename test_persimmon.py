@@ -2382,7 +2382,7 @@ def test_bench():
         assert float(row[8].strip("%")) == pytest.approx(100 * float(work) / limit, abs=1 + 0.6 / limit)  # both rounded
 
 
-def test_command_line_compile(monkeypatch, capsys):
+def test_command_line_compile(tmp_path, monkeypatch, capsys):
     compiler, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, mode, **_: compiled.append(mode) or compiler(f, backend="eager"))
     for options in ((), ("--compile",)):
@@ -2391,6 +2391,11 @@ def test_command_line_compile(monkeypatch, capsys):
     half = len(out) // 2
     assert out[:half] == out[half:] and compiled == ["reduce-overhead"]
     assert len(re.findall(r"generated +9 tokens +\d\d", error)) == 2
+    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "sample.py", "FLAVIUS:", "-n", "2", "--device", "cpu", "--compile"]
+    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: --compile does not work here, leave it out: " in result.stderr
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
