@@ -1563,10 +1563,10 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
                 position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P)
         return out, lse
 
-    operator = torch.library.custom_op(  # named after the module: there may be copies of this file in one process
-        f"{__name__.replace('.', '_')}::attention", launch, mutates_args=("keys", "values"), schema="(Tensor qkv, Tensor[] norms, "
-        "float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
-        "int splits) -> (Tensor, Tensor)")
+    schema = ("(Tensor qkv, Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, "
+              "Tensor(b!) values, Tensor position, int splits) -> (Tensor, Tensor)")
+    name = f"{__name__.replace('.', '_')}::attention"  # there may be copies of this file in a process
+    operator = torch.library.custom_op(name, launch, mutates_args=("keys", "values"), schema=schema)
     operator.register_fake(lambda qkv, norms, eps, cos, sin, mask, keys, values, position, splits:
                            empty(qkv, keys, splits))
     return operator

@@ -896,7 +896,7 @@ def test_kernel_in_the_interpreter():
     result = subprocess.run([sys.executable, *arguments], env={**os.environ, "TRITON_INTERPRET": "1"},
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"\b8 passed, \d+ deselected", result.stdout), result.stdout
+    assert re.search(r"\b9 passed, \d+ deselected", result.stdout), result.stdout
 
 
 MASKS = ("none", "padding", "holes")
@@ -953,6 +953,20 @@ def test_kernel_runs_as_plain_attention(operator, T):
         assert (cache.keys[..., new, :].float() - k).norm() < tolerance[dtype] / 2 * k.norm(), case
         for block, old in zip((cache.keys, cache.values), before):
             assert torch.equal(block[..., : S - T, :], old[..., : S - T, :]) and block[..., S:, :].isnan().all(), case
+
+
+@runs_kernel
+def test_kernel_runs_within_the_cache(operator):
+    """What there is no room for is not written, which would be into the next head's keys."""
+    config, generator = CONFIGS["D64"], torch.Generator().manual_seed(0)
+    cache = KVCache(config, 2, 9, torch.float32, DEVICE)
+    cache.keys.normal_(), cache.values.normal_()
+    before = cache.keys[0].clone(), cache.values[0].clone()
+    qkv = torch.randn(2, 3, 3 * config.hidden_size, generator=generator).to(DEVICE)
+    rope = rope_tables(torch.arange(8, 11, device=DEVICE)[None], config, torch.float32)
+    operator(qkv, [], 1e-5, *rope, None, cache.keys[0], cache.values[0], torch.tensor(8, device=DEVICE), 1)
+    for block, old in zip((cache.keys[0], cache.values[0]), before):
+        assert torch.equal(block[:, :, :8], old[:, :, :8]) and not torch.equal(block[:, :, 8], old[:, :, 8])
 
 
 @runs_kernel
