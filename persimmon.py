@@ -1392,7 +1392,7 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
     Nothing in it waits for the device. mask is the attention_mask (B, S) of all positions that there may be.
     """
     N = cache.keys.shape[3]
-    mask = nn.functional.pad(mask, (0, N - mask.shape[1]), value=1)[:, :N]  # (B, N)
+    mask = nn.functional.pad(mask, (0, N - mask.shape[1]))  # (B, N)
     for block in (cache.keys, cache.values):
         block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
     fixed = FixedShapes(cache)

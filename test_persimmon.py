@@ -994,7 +994,9 @@ def test_kernel_runs_in_the_model(operator, folders, monkeypatch, name):
         assert len(calls) == 3 * model.config.num_hidden_layers * is_possible
         assert close(torch.cat(parts, 1)[mask == 1], expected, 1e-4)
         expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=5)
+        calls.clear()
         assert torch.equal(model.generate(ids, mask, max_new_tokens=7), expected)
+        assert len(calls) == 6 * model.config.num_hidden_layers * is_possible  # the prompt of 21 tokens takes SDPA
         if DEVICE == "cpu":  # what Inductor makes of it is tested below, without the kernel
             compiler = torch.compile
             monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend="aot_eager", **options))
@@ -1030,17 +1032,34 @@ def test_kernel_compiles(target, dtype, tmp_path, monkeypatch):
         assert compiled.metadata.shared <= 64 * 1024 if D == 64 else 100 * 1024  # what small GPUs have
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    for find in (persimmon.attention_kernel, persimmon.attention_operator):
-        find.cache_clear()
-    try:
-        assert persimmon.attention_operator() is None
-        assert persimmon.fused_attention(CONFIGS["D64"], 1, "cuda") is None
-    finally:
-        monkeypatch.undo()
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+def test_where_the_kernel_is_used(monkeypatch):
+    """Not without triton, not with an old one, not off CUDA, not with D = 24; with four programs for each core."""
+    import triton
+
+    def operator():
         for find in (persimmon.attention_kernel, persimmon.attention_operator):
             find.cache_clear()
+        return persimmon.attention_operator()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "triton", None)
+            assert operator() is None and persimmon.fused_attention(CONFIGS["D64"], 1, "cuda") is None
+        with monkeypatch.context() as patch:
+            patch.setattr(triton, "JITFunction", object)  # an old one's has no get_capture_scope
+            assert operator() is None
+        found = operator()
+    finally:
+        persimmon.attention_kernel.cache_clear(), persimmon.attention_operator.cache_clear()
+    assert found is not None
+    cores = argparse.Namespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cores)
+    monkeypatch.setattr(persimmon, "attention_operator", lambda: found)
+    for B, splits in ((1, 264), (16, 17), (300, 1)):
+        assert persimmon.fused_attention(CONFIGS["D64"], B, "cuda:1").args == (found, splits)
+    assert persimmon.fused_attention(CONFIGS["D64"], 1, "cpu") is None
+    assert persimmon.fused_attention(CONFIGS["no QK-norm, other RoPE"], 1, "cuda") is None
 
 
 def test_compiled_decoding(pair, monkeypatch):
@@ -2398,7 +2417,8 @@ def test_bench():
 
 def test_command_line_compile(tmp_path, monkeypatch, capsys):
     compiler, compiled = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **_: compiled.append(mode) or compiler(f, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: (
+        compiled.append(mode) or compiler(f, backend="eager", **options)))
     for options in ((), ("--compile",)):
         assert sample_script.main(["FLAVIUS:", "-n", "9", "--temp", "0", *options]) == 0
     out, error = capsys.readouterr()
