@@ -417,7 +417,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, one kernel does all until `dense`
+        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, section 12 does all until `dense`
             norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
             keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
             return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
@@ -1004,7 +1004,10 @@ class Step(NamedTuple):
 
 
 def on_host(pairs: Iterable[tuple[Tensor, Tensor]], lag: int) -> Iterator[tuple[list, list]]:
-    """Pairs of tensors as lists, `lag` pairs late: with 1, a GPU computes the next while Python sees to this one."""
+    """Pairs of tensors as lists, `lag` pairs late: with 1, a GPU computes the next while Python sees to this one.
+
+    The first pair is not late: what comes next may take long, when it has to be compiled.
+    """
 
     def fetched(x: Tensor, y: Tensor, is_copied: torch.cuda.Event | None) -> tuple[list, list]:
         if is_copied is not None:
@@ -1012,11 +1015,11 @@ def on_host(pairs: Iterable[tuple[Tensor, Tensor]], lag: int) -> Iterator[tuple[
         return x.tolist(), y.tolist()
 
     waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
-    for pair in pairs:
+    for n, pair in enumerate(pairs):
         is_cuda = pair[0].is_cuda
         x, y = (tensor.to("cpu", non_blocking=is_cuda) for tensor in pair)
         waiting.append((x, y, torch.cuda.current_stream(pair[0].device).record_event() if is_cuda else None))
-        if len(waiting) > lag:
+        if len(waiting) > (lag if n > 0 else 0):
             yield fetched(*waiting.popleft())
     for late in waiting:
         yield fetched(*late)
@@ -1359,8 +1362,9 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
 class FixedShapes(KVCache):
     """A view of a KVCache for torch.compile, where no shape may change: S is always N, all that there is room for.
 
-    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them.
-    `length` stays behind: a Python number that changes would be compiled anew.
+    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them; whoever
+    calls advances the cache. This is for the kernel of section 12, which reads no more than it has to. Attention
+    without it reads, and copies, all N positions.
     """
 
     is_transposed = False
@@ -1380,32 +1384,35 @@ class FixedShapes(KVCache):
         return self.keys[layer], self.values[layer]
 
     def advance(self, T: int) -> None:
-        """Count T more positions as seen, on the device."""
-        self.position += T
+        """Nothing: what a CUDA graph changes is bound to a place in memory, and the number is Python's anyway."""
 
 
 def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
-    It is compiled as one graph without gaps, once for each B and N in a process, at its first call; on CUDA, PyTorch
-    then captures what the GPU has to do as a CUDA graph, so that Python and kernel launches take no time any more.
-    Nothing in it waits for the device. mask is the attention_mask (B, S) of all positions that there may be.
+    At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
+    these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache: launching kernels
+    takes no time any more. mask is the attention_mask (B, S) of all positions that there may be.
+
+    Raises ValueError for a quantized model, whose products by blocks would make a graph of ten thousand nodes.
     """
-    N = cache.keys.shape[3]
-    mask = nn.functional.pad(mask, (0, N - mask.shape[1]))  # (B, N)
-    for block in (cache.keys, cache.values):
-        block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
+    _require(model.config.quantize is None, "a quantized model can't be compiled: leave out compile or quantize")
+    B, N = cache.keys.shape[1], cache.keys.shape[3]
+    whole_mask = mask.new_zeros(B, N)  # (B, N)
+    whole_mask[:, : mask.shape[1]] = mask[:, :N]
     fixed = FixedShapes(cache)
-    for tensor in (fixed.keys, fixed.values, fixed.position):
-        torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph writes to them where they are
+    for block in (cache.keys, cache.values):
+        torch._dynamo.mark_static_address(block, guard=False)  # a CUDA graph writes to it where it is
+        if cache.fused is None:
+            block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def step(ids: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(cache_size_limit=256):  # shapes in a process; PyTorch stops at 8
-            logits = forward(ids, mask, cache=fixed, logits_to_keep=1).logits.clone()  # (B, 1, V), a graph has its own
-        cache.length += 1  # `position` has advanced in the graph
-        return logits
+            output = forward(ids, whole_mask, cache=fixed, logits_to_keep=1)
+        cache.advance(1)
+        return output.logits.clone()  # the next replay of a graph overwrites its output
 
     return step
 
@@ -1476,7 +1483,7 @@ def attention_kernel() -> Any | None:
         y = y * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         return new_m, l * keep + tl.sum(p, 1), y
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rope_stride", "mask_stride", "mask_width", "B", "T", "N"])  # compiled once for all
     def attend(qkv, q_weight, q_bias, k_weight, k_bias, eps, cos, sin, rope_stride, mask, mask_stride, mask_width,
                keys, values, position, out, lse, B, T, N,
                H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
@@ -1569,7 +1576,8 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
     operator = torch.library.custom_op(name, launch, mutates_args=("keys", "values"), schema=schema)
     operator.register_fake(lambda qkv, norms, eps, cos, sin, mask, keys, values, position, splits:
                            empty(qkv, keys, splits))
-    return operator
+    # Without torch.compile the function itself: through the operator each call takes 40 microseconds more
+    return lambda *arguments: (operator if torch.compiler.is_compiling() else launch)(*arguments)
 
 
 def split_attention(operator: Callable[..., tuple[Tensor, Tensor]], splits: int, qkv: Tensor, *others: Any) -> Tensor:
@@ -1583,10 +1591,17 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
                     device: torch.device | str) -> Callable[..., Tensor] | None:
     """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
 
-    The keys are split so that there are four programs for each of the GPU's cores.
+    The keys are split so that there are four programs, or more, for each of the GPU's cores.
     """
     operator = attention_operator() if torch.device(device).type == "cuda" else None
     if operator is None or config.head_dim not in (16, 32, 64, 128):
+        return None
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of many kinds: it builds a library, which needs a C compiler and Python's headers
+        warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's, which is slower", stacklevel=3)
         return None
     cores = torch.cuda.get_device_properties(device).multi_processor_count
     return partial(split_attention, operator, -(-4 * cores // (batch_size * config.num_attention_heads)))

@@ -7,6 +7,7 @@ Text, or JSON, goes to stdout and everything else to stderr. Exit codes: 0; 2 fo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -517,6 +518,7 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
         """Write n tokens after a prompt of T of which the cache holds S, B times; the time is that of all passes."""
         title = (f"pp{T}" if n == 1 else f"tg{n} @ {S}") + (f" x {B}" if B > 1 else "")
         per_position = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * B  # bytes of cache
+        gc.collect()  # what was compiled holds the last test's cache
         if T + n - 1 > config.max_position_embeddings:
             return note(f"{title} left out: the context is {config.max_position_embeddings}", stays=True)
         if per_position * (T + n) > free_memory(device):
@@ -524,18 +526,23 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
             return note(f"{title} left out: its cache takes {gigabytes:.1f} GB, more than is free", stays=True)
         speeds, density = [], Density(model, args)
         ids = torch.full((B, T), 71)
-        cache = KVCache(config, B, T + n, weight.dtype, weight.device)
-        for block in (cache.keys, cache.values) if S else ():
-            block.zero_()
-        for run in range(-1, args.repetitions):  # the first one is to warm up
-            note(f"{title}, run {run + 1} of {args.repetitions} ..." if run >= 0 else f"{title} ...")
-            cache.seek(S)
-            start = time.perf_counter()
-            for _ in generate(model, ids, max_new_tokens=n if run >= 0 else min(n, 4), stop_ids=(), cache=cache,
-                              compile=args.compile):
-                pass
-            if run >= 0:
-                speeds.append(B * (T - S + n - 1) / (time.perf_counter() - start))
+        try:
+            cache = KVCache(config, B, T + n, weight.dtype, weight.device)
+            for block in (cache.keys, cache.values) if S else ():
+                block.zero_()
+            for run in range(-1, args.repetitions):  # the first one is to warm up
+                note(f"{title}, run {run + 1} of {args.repetitions} ..." if run >= 0 else f"{title} ...")
+                cache.seek(S)
+                times = [time.perf_counter()]
+                for _ in generate(model, ids, max_new_tokens=n if run >= 0 else min(n, 4), stop_ids=(), cache=cache,
+                                  compile=args.compile):
+                    times.append(time.perf_counter())
+                if run >= 0 and n == 1:
+                    speeds.append(B * T / (times[1] - times[0]))
+                elif run >= 0:  # from the second token on: before that, it is prepared
+                    speeds.append(B * (n - 2) / (times[-1] - times[2]))
+        except torch.OutOfMemoryError:
+            return note(f"{title} left out: out of memory", stays=True)
         share = density.stop()
         if n == 1:
             C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers

@@ -907,7 +907,7 @@ MASKS = ("none", "padding", "holes")
 def test_kernel_runs_as_plain_attention(operator, T):
     """Against the module in float32, with the same input: result, what is written to the cache, what is not."""
     random.seed(T)
-    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
     cases = [(T + cached, dtype) for dtype in tolerance for cached in (0, 1, 63, 64, 65, 200)]
     for S, dtype in cases if T < 64 or DEVICE == "cuda" else [*cases[:2], *cases[8:10], *cases[16:]]:  # 2 of each dtype
         has_norm, kind, splits, rows = random.random() < 0.7, random.choice(MASKS), random.choice((1, 2, 5)), 2
@@ -1012,17 +1012,16 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_kernel_compiles(target, dtype, tmp_path, monkeypatch):
-    """For GPUs that are not here: one row and one token, or more; with and without norms and mask; D = 64 and 128."""
+    """For GPUs that are not here: one part of the keys or several, with and without norms and mask, D = 64 and 128."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = persimmon.attention_kernel()
-    for D, parts, absent, is_one in ((64, "fp32", (), True), (64, dtype, ("mask",), False),
-                                     (128, dtype, ("q_weight", "q_bias", "k_weight", "k_bias"), False)):
+    for D, parts, absent in ((64, "fp32", ()), (64, dtype, ("mask",)),
+                             (128, dtype, ("q_weight", "q_bias", "k_weight", "k_bias"))):
         constants = {"H": 64, "D": D, "R": D // 2, "M": 16, "P": 32, **dict.fromkeys(absent)}
-        constants |= {"B": 1, "T": 1} if is_one else {}  # Triton itself makes a constant of an argument that is 1
-        kinds = {"mask": "*i1", "position": "*i64", "eps": "fp32", "out": f"*{parts}", "lse": "*fp32"}
+        kinds = {"mask": "*u1", "position": "*i64", "eps": "fp32", "out": f"*{parts}", "lse": "*fp32"}
         kinds |= dict.fromkeys(("B", "T", "N", "rope_stride", "mask_stride", "mask_width"), "i32")
         signature = {name: "constexpr" if name in constants else kinds.get(name, f"*{dtype}") for name in kernel.arg_names}
         aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
@@ -1056,6 +1055,10 @@ def test_where_the_kernel_is_used(monkeypatch):
     cores = argparse.Namespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cores)
     monkeypatch.setattr(persimmon, "attention_operator", lambda: found)
+    monkeypatch.setattr("triton.runtime.driver", argparse.Namespace(active=argparse.Namespace()))
+    with pytest.warns(UserWarning, match="Triton does not work here .*: attention is PyTorch's"):
+        assert persimmon.fused_attention(CONFIGS["D64"], 1, "cuda") is None
+    monkeypatch.setattr("triton.runtime.driver.active.get_current_target", lambda: None, raising=False)
     for B, splits in ((1, 264), (16, 17), (300, 1)):
         assert persimmon.fused_attention(CONFIGS["D64"], B, "cuda:1").args == (found, splits)
     assert persimmon.fused_attention(CONFIGS["D64"], 1, "cpu") is None
@@ -1085,6 +1088,12 @@ def test_compiled_decoding(pair, monkeypatch):
     assert counter.frame_count == 2
 
 
+def test_a_quantized_model_is_not_compiled(small):
+    model = quantize_model(copy.deepcopy(small), "int8")
+    with pytest.raises(ValueError, match="a quantized model can't be compiled"):
+        model.generate(random_ids(model.config), max_new_tokens=2, compile=True)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
 def test_compiled_decoding_with_inductor(monkeypatch):
     """What PyTorch's own compiler makes of it, in mode and options as they are; one layer, since that takes its time."""
@@ -1095,7 +1104,7 @@ def test_compiled_decoding_with_inductor(monkeypatch):
 
 
 def test_on_host(small, monkeypatch):
-    """With a lag of one, as on CUDA, pass n + 1 is asked for before the result of pass n is looked at; same results."""
+    """With a lag of one, as on CUDA, pass n + 1 is asked for before the result of pass n is looked at, but for the first."""
     events, on_host = [], persimmon.on_host
 
     def passes():
@@ -1108,7 +1117,7 @@ def test_on_host(small, monkeypatch):
             assert tokens[1] == 7 and logprobs == [0.5, -tokens[0]]
             events.append(f"result {tokens[0]}")
     assert events[:6] == ["pass 0", "result 0", "pass 1", "result 1", "pass 2", "result 2"]
-    assert events[6:] == ["pass 0", "pass 1", "result 0", "pass 2", "result 1", "result 2"]
+    assert events[6:] == ["pass 0", "result 0", "pass 1", "pass 2", "result 1", "result 2"]
 
     ids = random_ids(small.config, length=9)
     steps = list(generate(small, ids, max_new_tokens=30, temperature=0.7))
