@@ -1055,6 +1055,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         ("repetition_penalty", repetition_penalty, 1e-3, math.inf), ("seed", seed, 0, 2**63 - 1),
     ):
         _require(least <= value <= most, f"{name} = {value} is out of range: it goes from {least} to {most}")
+    _require(not compile or config.quantize is None, "a quantized model can't be compiled: leave out compile or "
+             "quantize")  # its products, block by block, would be a graph of ten thousand nodes
     _require(input_ids.dim() == 2 and input_ids.numel() > 0,
              f"the prompt has shape {tuple(input_ids.shape)}: it has to be (B, T) with a token at least")
     _require(0 <= input_ids.min() and input_ids.max() < config.vocab_size,
@@ -1393,10 +1395,7 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
     At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
     these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache: launching kernels
     takes no time any more. mask is the attention_mask (B, S) of all positions that there may be.
-
-    Raises ValueError for a quantized model, whose products by blocks would make a graph of ten thousand nodes.
     """
-    _require(model.config.quantize is None, "a quantized model can't be compiled: leave out compile or quantize")
     B, N = cache.keys.shape[1], cache.keys.shape[3]
     whole_mask = mask.new_zeros(B, N)  # (B, N)
     whole_mask[:, : mask.shape[1]] = mask[:, :N]
