@@ -824,7 +824,7 @@ def test_quantization_refuses(folders, tmp_path):
             PersimmonForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "group_size", "limit"), [("int8", 128, 0.002), ("int4", 32, 0.02), ("int4", 128, 0.04)])
+@pytest.mark.parametrize(("kind", "group_size", "limit"), [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
 def test_quantized_loss_of_the_embedded_model(kind, group_size, limit):
     """On lines of Shakespeare, which the model may have seen: more than the bars for its validation text leave."""
     text = ("KING HENRY V:\nOnce more unto the breach, dear friends, once more;\nOr close the wall up with our English "
