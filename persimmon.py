@@ -935,10 +935,10 @@ def ranked(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Logits (B, V) and their ids, the largest first, of equal ones the lowest id first; or, of that, only a beginning
     that has all that the filters keep.
 
-    On a CPU, to sort 262,144 numbers takes 30 ms; to find the 1024 largest of them, mostly enough, takes one. A GPU
-    sorts quickly, and Python would have to wait for it to know whether they are enough.
+    On a CPU, to sort 262,144 numbers takes 30 ms; to find the 1024 largest of them, mostly enough, takes one. From a
+    GPU, Python would have to wait to know whether they are enough.
     """
-    k = max(1024, 2 * top_k)
+    k = 1024
     if logits.device.type == "cpu" and k < logits.shape[1]:
         ids = logits.topk(k).indices.sort().values
         largest = logits.gather(1, ids)
@@ -1393,8 +1393,8 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
     At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
-    these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache: launching kernels
-    takes no time any more. mask is the attention_mask (B, S) of all positions that there may be.
+    these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache, and starts
+    all of it at once. mask is the attention_mask (B, S) of all positions that there may be.
     """
     B, N = cache.keys.shape[1], cache.keys.shape[3]
     whole_mask = mask.new_zeros(B, N)  # (B, N)
@@ -1402,8 +1402,7 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
     fixed = FixedShapes(cache)
     for block in (cache.keys, cache.values):
         torch._dynamo.mark_static_address(block, guard=False)  # a CUDA graph writes to it where it is
-        if cache.fused is None:
-            block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
+        block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def step(ids: Tensor) -> Tensor:
@@ -1420,7 +1419,7 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
 #
 # A GPU reads weights so fast that, for one token, starting twenty small kernels a layer can take longer. This is one
 # Triton kernel for all that lies between the QKV projection and the output of attention. Everything works without it:
-# to leave it out, delete this section, `fused` in KVCache and FixedShapes, and the branch of Attention.forward.
+# to leave it out, delete this section, `fused` in KVCache and in FixedShapes, and the branch of Attention.forward.
 
 
 @lru_cache
@@ -1600,7 +1599,7 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
     try:
         driver.active.get_current_target()
     except Exception as error:  # of many kinds: it builds a library, which needs a C compiler and Python's headers
-        warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's, which is slower", stacklevel=3)
+        warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's", stacklevel=3)
         return None
     cores = torch.cuda.get_device_properties(device).multi_processor_count
     return partial(split_attention, operator, -(-4 * cores // (batch_size * config.num_attention_heads)))

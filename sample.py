@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--compile", action="store_true", help="for a GPU: decode through torch.compile and CUDA graphs, which "
-        "takes time at the start and saves some for each token")
+        "takes time at the start to save some for each token")
     add("--dense", action="store_true", help="on a CPU, read also weights that only zeros multiply, and keep all "
         "of them mapped from the file")
     add("-c", "--ctx-size", metavar="N", type=int, help="tokens that --chat remembers (default: the model's context)")

@@ -1067,9 +1067,13 @@ def test_where_the_kernel_is_used(monkeypatch):
 
 def test_compiled_decoding(pair, monkeypatch):
     """One graph for all steps and later calls of the same shape, and the same tokens, in ragged batches too."""
-    model, compiler, counter = pair[0], torch.compile, CompileCounter()
-    assert torch.compiler.is_compiling() is False
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend=counter, **options))
+    model, compiler, counter, outputs = pair[0], torch.compile, CompileCounter(), []
+
+    def backend(graph, inputs):
+        outputs.append(len(graph.graph.output_node().args[0]))
+        return counter(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend=backend, **options))
     ids = random_ids(model.config, length=9)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -1086,6 +1090,10 @@ def test_compiled_decoding(pair, monkeypatch):
         assert torch.equal(text, expected) and cache.length == int(cache.position) == text.shape[1] - 1
         text = torch.cat((text, ids[1:, :3]), 1)
     assert counter.frame_count == 2
+    for steps in (7, 8):  # N = 16 both times, once with a mask that is one wider
+        model.generate(ids[:1], max_new_tokens=steps, compile=True)
+    assert counter.frame_count == 3
+    assert outputs == [1, 1, 1]  # logits: the position would be bound to a CUDA graph, if it were changed in there
 
 
 def test_a_quantized_model_is_not_compiled(small):
@@ -2422,6 +2430,23 @@ def test_bench():
         assert float(work) == pytest.approx(tokens * each, rel=0.002, abs=0.006)
         limit = float(limits[1 if unit == "GB/s" else 2])
         assert float(row[8].strip("%")) == pytest.approx(100 * float(work) / limit, abs=1 + 0.6 / limit)  # both rounded
+
+
+def test_bench_measures_what_is_settled_and_goes_on_when_memory_is_out(monkeypatch, capsys):
+    def steps(model, ids, max_new_tokens, **_):
+        if len(ids) == 3:
+            raise torch.OutOfMemoryError
+        for n in range(max_new_tokens):
+            time.sleep(0.4 * (n == 1))  # as if that were compiled
+            yield n
+
+    monkeypatch.setattr(persimmon, "generate", steps)
+    arguments = ("--bench", "-r", "1", "--n-prompt", "20", "--n-depth", "0", "--batch-size", "1,3,2")
+    assert sample_script.main(arguments) == 0
+    out, error = capsys.readouterr()
+    rows = {line.split("|")[6].strip(): float(line.split("|")[7].split()[0]) for line in out.splitlines() if "tiny" in line}
+    assert list(rows) == ["pp20", "tg64 @ 0", "pp20 x 2", "tg64 @ 0 x 2"]
+    assert rows["tg64 @ 0"] > 1000 and "pp20 x 3 left out: out of memory" in error
 
 
 def test_command_line_compile(tmp_path, monkeypatch, capsys):
