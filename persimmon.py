@@ -231,18 +231,19 @@ class KVCache:
     on the device, for what must not wait for Python. The model advances both, once a forward pass. For inference only:
     it is written in place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
 
-    On a CPU, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and N is rounded up to a multiple
-    of `block`: see cpu_attention. `keys` is a view that shows them in the order of the values.
+    On a CPU in 16 bit, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and N, where it is more
+    than a `block`, is rounded up to a multiple: see cpu_attention. `keys` shows them in the order of the values.
     """
 
     block = 256  # positions
+    transposed_from = {torch.bfloat16: 4096, torch.float16: 4096}  # H*N: below, and in float32, SDPA is quicker
 
     def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
                  dtype: torch.dtype, device: torch.device | str) -> None:
         L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
         N, D = max_length, config.head_dim
-        self.is_transposed = torch.device(device).type == "cpu" and N >= self.block
-        if self.is_transposed:
+        self.is_transposed = torch.device(device).type == "cpu" and H * N >= self.transposed_from.get(dtype, math.inf)
+        if self.is_transposed and N > self.block:
             N = -(-N // self.block) * self.block
         self.values = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
         self.keys = torch.empty_like(self.values)  # (L, B, H, N, D)
@@ -324,7 +325,7 @@ def nonzero_bags(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     bags = 4 * torch.get_num_threads()  # for each row: cores share the work by the bag
     count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
     start = count.cumsum(0) - count + count * torch.arange(bags) // bags  # (B, bags)
-    return column, x.reshape(B, F)[row, column], start
+    return column.int(), x.reshape(B, F)[row, column], start.int()  # int32 is quicker in embedding_bag
 
 
 class SparseLinear(Linear):
@@ -359,10 +360,12 @@ def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor 
     over D of an element of q times P elements of the keys, which is why these lie transposed. Scores are rounded to
     q's dtype, as in transformers' eager attention; SDPA keeps them in float32.
     """
-    (B, H, N, D), P = keys.shape, KVCache.block
+    B, H, N, D = keys.shape
+    P = min(N, KVCache.block)
     M = -(-S // P)  # blocks of P positions, the last one perhaps with some that are beyond S
     table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
-    row = torch.arange(B * H * D).view(B * H, 1, D) * (N // P) + torch.arange(M)[:, None]  # (B*H, M, D)
+    steps = partial(torch.arange, dtype=torch.int32)  # quicker than int64
+    row = steps(B * H * D).view(B * H, 1, D) * (N // P) + steps(M)[:, None]  # (B*H, M, D)
     factor = q.view(B * H, 1, D).expand_as(row)  # (B*H, M, D)
     score = nn.functional.embedding_bag(
         row.view(-1, D), table, mode="sum", per_sample_weights=factor.reshape(-1, D))  # (B*H*M, P)
@@ -370,7 +373,7 @@ def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor 
     if mask is not None:
         score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
     p = score.softmax(-1).to(q.dtype).view(B * H, S)  # (B*H, S)
-    row = torch.arange(B * H)[:, None] * N + torch.arange(S)  # (B*H, S)
+    row = steps(B * H)[:, None] * N + steps(S)  # (B*H, S)
     y = nn.functional.embedding_bag(row, values.view(-1, D), mode="sum", per_sample_weights=p)  # (B*H, D)
     return y.view(B, H, 1, D)
 

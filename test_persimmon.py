@@ -161,6 +161,7 @@ def use_one_token_products(monkeypatch) -> None:
     """However small the matrices and the cache are."""
     monkeypatch.setattr(Linear, "large", 0)
     monkeypatch.setattr(KVCache, "block", 8)
+    monkeypatch.setattr(KVCache, "transposed_from", {torch.float32: 0, torch.bfloat16: 0})
 
 
 def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -578,13 +579,14 @@ def test_sparse_linear_reads_only_what_it_needs(reads):
         assert layer(x)[0].isfinite().all() and layer(x)[1].isnan().all()
 
 
-@pytest.mark.parametrize("S", [1, 7, 8, 9, 20, 24])
+@pytest.mark.parametrize("N, S", [(20, 1), (20, 7), (20, 8), (20, 9), (20, 20), (20, 24), (7, 1), (7, 7), (8, 8)])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_cpu_attention(monkeypatch, S, is_masked):
+def test_cpu_attention(monkeypatch, N, S, is_masked):
     use_one_token_products(monkeypatch)
-    cache = KVCache(CONFIGS["D16"], 2, 20, torch.float32, "cpu")
+    cache = KVCache(CONFIGS["D16"], 2, N, torch.float32, "cpu")
     keys, values = cache.keys[1], cache.values[1]
-    assert keys.shape == values.shape == (2, 3, 24, 16) and keys.stride(3) == 24
+    rounded = {20: 24}.get(N, N)  # to blocks of 8, of which a shorter cache is one
+    assert keys.shape == values.shape == (2, 3, rounded, 16) and keys.stride(3) == rounded
     keys.copy_(torch.randn(keys.shape))
     values.copy_(torch.randn(keys.shape))
     q, k, v = torch.randn(2, 3, 1, 16), keys[:, :, :S].clone(), values[:, :, :S].clone()
@@ -594,6 +596,16 @@ def test_cpu_attention(monkeypatch, S, is_masked):
         mask[..., S - 1] = True
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert close(cpu_attention(q, keys, values, S, mask), expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype, N, expected", [
+    (torch.bfloat16, 64, True), (torch.float16, 64, True), (torch.bfloat16, 63, False), (torch.float32, 9000, False),
+])  # fmt: skip
+def test_where_keys_lie_transposed(dtype, N, expected):
+    """In 16 bit from 64 positions for the 8B's 64 heads: shorter ones, and float32, are what SDPA is quicker with."""
+    config = PersimmonConfig(hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=64)
+    assert KVCache(config, 1, N, dtype, "cpu").is_transposed == expected
+    assert not KVCache(config, 1, N, dtype, "meta").is_transposed
 
 
 def test_a_pass_uses_the_products(reads, small):
