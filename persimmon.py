@@ -1164,7 +1164,8 @@ class QuantizedLinear(nn.Module):
         starts = range(0, self.out_features, size)
         self.blocks = [(start, min(start + size, self.out_features)) for start in starts]
         weight = linear.weight.detach()
-        _require(weight.is_meta or bool(weight.isfinite().all()), "weights that are not finite can't be quantized")
+        is_finite = weight.is_meta or all(map(math.isfinite, weight.aminmax()))
+        _require(is_finite, "weights that are not finite can't be quantized")
         for name, tensor in (self.empty(weight) if weight.is_meta else self.quantized(weight)).items():
             self.register_buffer(name, tensor)
 
@@ -1250,6 +1251,10 @@ class Int4Linear(QuantizedLinear):
         for part in (1.0, 0.9):
             scale, offset = (most - least) * part / 15, least * part
             for fit in range(3):
+                if fit > 0:
+                    centered = number - number.mean(-1, keepdim=True)
+                    scale = (centered * w).sum(-1, keepdim=True) / centered.square_().sum(-1, keepdim=True)
+                    offset = w.mean(-1, keepdim=True) - scale * number.mean(-1, keepdim=True)
                 # What is stored is rounded, and the offset belongs to number 8. Numbers that are all equal have no
                 # slope: NaN then, and never the best.
                 scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype).float()
@@ -1261,9 +1266,6 @@ class Int4Linear(QuantizedLinear):
                 else:
                     best = tuple(torch.where(error < best[0], new, old)
                                  for new, old in zip((error, scale, offset, number), best))
-                centered = number - number.mean(-1, keepdim=True)
-                scale = (centered * w).sum(-1, keepdim=True) / centered.square().sum(-1, keepdim=True)
-                offset = w.mean(-1, keepdim=True) - scale * number.mean(-1, keepdim=True)
         _, scale, offset, number = best
         return number.to(torch.uint8), torch.cat((scale, offset + 8 * scale), dim=-1).to(weight.dtype)
 
