@@ -23,23 +23,23 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import persimmon
-from persimmon import PersimmonConfig, PersimmonForCausalLM, Tokenizer, tensor_files
+from persimmon import SAFETENSORS_DTYPES, PersimmonConfig, QuantizedLinear, Tokenizer, safetensors_header, tensor_files
 
 PIECE = 1 << 26  # bytes that are copied at once
 MD5 = {  # of Adept's two releases, from their README
     "cd0320cba9efad9ccd18e9ec4d16ae1b": "the base model",
     "663aeace07269c44e90f4e8bcd07f32a": "the chat model",
 }
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # names in a safetensors header
 
 # What a source may hold beside weights, by the end of its name, and why it is left out.
 IGNORED = {
@@ -244,6 +244,7 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
         return read_source(path / release_checkpoint(names, latest, str(path)), tokenizer or path / "adept_vocab.model")
 
     config = PersimmonConfig.from_pretrained(path)
+    require(config.quantize is None, f"{path} is quantized, in {config.quantize}: start from weights in 16 or 32 bit")
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     architecture = (raw.get("architectures") or ["PersimmonForCausalLM"])[0]
     require(architecture.startswith("Persimmon") and hasattr(persimmon, architecture),
@@ -276,7 +277,7 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
 
 def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
     """Name and place of each tensor in a folder of safetensors."""
-    by_name = {name: dtype for dtype, name in DTYPES.items()}
+    by_name = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
     for path in sorted(set(tensor_files(folder).values())):
         with persimmon._open(path):  # is it whole?
             mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -284,8 +285,7 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
             if name == "__metadata__" or is_ignored(name):
                 continue
-            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}: weights "
-                    "are floats here, and quantized ones are not converted again")
+            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}, which is unknown here")
             at = 8 + length + entry["data_offsets"][0]
             yield name, Stored(mapped, at, by_name[entry["dtype"]], tuple(entry["shape"]))
 
@@ -402,6 +402,7 @@ class Planned(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     rows: Sequence[range] | None  # of the source, where not all are wanted
+    quantized: Callable[[], dict[str, Tensor]] | None = None  # makes this tensor, and the others of its matrix
 
     @property
     def nbytes(self) -> int:
@@ -412,22 +413,19 @@ class Planned(NamedTuple):
 def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str, int]:
     """Write a safetensors file, a piece of a tensor at a time; the CRC-32 of each tensor.
 
-    (The safetensors library wants all tensors of a file in memory. Layout: 8 bytes, the length of the header; the
-    header, JSON; the numbers. https://github.com/huggingface/safetensors#format)
+    (The safetensors library wants all tensors of a file in memory.)
     """
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for item in plan:
-        place = [at, at + item.nbytes]
-        header[item.name] = {"dtype": DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": place}
-        at += item.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    sums = {}
+    sums, made = {}, {}
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(safetensors_header((item.name, item.dtype, item.shape) for item in plan))
         for item in plan:
+            if item.quantized is None:
+                pieces = pieces_of(item.name, item.stored, item.dtype, item.rows)
+            else:
+                made = made if item.name in made else item.quantized()
+                pieces = [memoryview(made.pop(item.name).view(torch.uint8).numpy()).cast("B")]
             checksum = 0
-            for piece in pieces_of(item.name, item.stored, item.dtype, item.rows):
+            for piece in pieces:
                 checksum = zlib.crc32(piece, checksum)
                 out.write(piece)
                 progress.add(len(piece))
@@ -462,7 +460,8 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
         require(name in own, f"the source has the tensor {name}, which no {source.architecture} of this config has")
         shape = own[name]
         require(stored.shape == shape, f"the source has {name} in shape {stored.shape}: its config makes it {shape}")
-        require(stored.dtype in DTYPES, f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
+        require(stored.dtype in SAFETENSORS_DTYPES and stored.dtype.is_floating_point,
+                f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
     pieces = sum(number == 1 for number, _, _ in fields_of(vocabulary))
     V = config.vocab_size
     require(0 < pieces <= V, f"the tokenizer has {pieces} pieces, and the model {V} rows for them")
@@ -483,6 +482,39 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
         cut = rows if name in ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight") else None
         plan.append(Planned(name, stored, dtype, (config.vocab_size, *shape[1:]) if cut else shape, cut))
     return plan, replace(config, dtype=str(plan[0].dtype).removeprefix("torch.")), vocabulary
+
+
+def quantized(prefix: str, empty: QuantizedLinear, item: Planned) -> dict[str, Tensor]:
+    """The tensors, by name, that are stored for one matrix, `item`, as those of the layer `empty` are, without values."""
+    weight = item.stored.read()
+    if item.rows is not None:
+        weight = torch.cat([weight[rows.start : rows.stop] for rows in item.rows])
+    linear = nn.Linear(empty.in_features, empty.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(item.dtype), requires_grad=False)
+    try:
+        layer = type(empty)(linear, empty.group_size)
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None
+    return {f"{prefix}.{name}": tensor for name, tensor in layer.named_buffers()}
+
+
+def quantized_plan(plan: list[Planned], config: PersimmonConfig, architecture: str, kind: str,
+                   group_size: int) -> tuple[list[Planned], PersimmonConfig]:
+    """The plan with the tensors of section 10 of persimmon.py for each matrix, and its config."""
+    with torch.device("meta"):
+        model = persimmon.quantize_model(getattr(persimmon, architecture)(config), kind, group_size)
+    items, new = {item.name: item for item in plan}, []
+    for name, empty in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        layer = model.get_submodule(prefix)
+        if not isinstance(layer, QuantizedLinear) or last == "bias":
+            new.append(items[name])
+            continue
+        matrix = items[f"{prefix}.weight"]
+        dtype = matrix.dtype if empty.is_floating_point() else empty.dtype
+        make = partial(quantized, prefix, layer, matrix)
+        new.append(matrix._replace(name=name, dtype=dtype, shape=tuple(empty.shape), quantized=make))
+    return new, model.config
 
 
 def write_folder(folder: Path, source: Source, plan: list[Planned], config: PersimmonConfig, vocabulary: bytes,
@@ -526,24 +558,6 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
     return write_seconds, checking.seconds()
 
 
-def quantize_folder(folder: Path, kind: str, group_size: int, total: int) -> str:
-    """Replace the weights in a folder, `total` bytes, by quantized ones (section 10 of persimmon.py); what to say."""
-    shown = Progress("quantizing ", total)
-    model = PersimmonForCausalLM.from_pretrained(
-        folder, quantize=kind, group_size=group_size,
-        progress=lambda fraction: shown.add(round(fraction * total) - shown.done))
-    new = folder / "quantized"
-    model.save_pretrained(new)
-    del model  # it is mapped from the files that are removed now
-    for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        old.unlink()
-    for file in new.iterdir():
-        file.replace(folder / file.name)
-    new.rmdir()
-    size = (folder / "model.safetensors").stat().st_size
-    return f"quantized   {shown.seconds():.1f} s, {kind}, {size / 1e9:.2f} GB\n"
-
-
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
@@ -582,14 +596,17 @@ def run(args: argparse.Namespace) -> int:
 
     source = read_source(args.source, args.tokenizer)
     plan, config, vocabulary = plan_output(source, args)
+    parameters = sum(math.prod(item.shape) for item in plan)
+    if args.quantize:
+        plan, config = quantized_plan(plan, config, source.architecture, args.quantize, args.group_size)
     total = sum(item.nbytes for item in plan)
     room = next(p for p in output.parents if p.exists())
     free = shutil.disk_usage(room).free
-    needed = total * (1.6 if args.quantize else 1.01) + len(vocabulary)
+    needed = total * 1.01 + len(vocabulary)
     require(free > needed, f"{room} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
     print(f"source      {source.kind}, {len(source.tensors)} tensors\n"
-          f"output      {sum(math.prod(item.shape) for item in plan):,} parameters, {total / 1e9:.2f} GB in "
-          f"{'/'.join(sorted({DTYPES[item.dtype] for item in plan}))}, {config.vocab_size} tokens", flush=True)
+          f"output      {parameters:,} parameters, {total / 1e9:.2f} GB in "
+          f"{'/'.join(sorted({SAFETENSORS_DTYPES[item.dtype] for item in plan}))}, {config.vocab_size} tokens", flush=True)
     if args.dry_run:
         return 0
 
@@ -599,7 +616,6 @@ def run(args: argparse.Namespace) -> int:
     scratch.mkdir(parents=True)
     try:
         written, checked = write_folder(scratch, source, plan, config, vocabulary, args.shard_size)
-        quantized = quantize_folder(scratch, args.quantize, args.group_size, total) if args.quantize else ""
         if output.exists():
             output.rename(replaced)
         scratch.rename(output)
@@ -607,7 +623,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     print(f"written     {written:.1f} s, {total / 1e9 / max(written, 1e-9):.2f} GB/s\n"
-          f"read back   {checked:.1f} s\n{quantized}\n    python sample.py --model {args.output}")
+          f"read back   {checked:.1f} s\n\n    python sample.py --model {args.output}")
     return 0
 
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import tempfile
 import warnings
 from collections import deque
@@ -721,6 +720,10 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
 # --- 7. Loading and saving --------------------------------------------------------------------------------------------
 
 
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
+                      torch.uint8: "U8", torch.int8: "I8"}  # the integers are of quantized matrices
+
+
 def _open(file: Path) -> Any:
     """A safetensors file, mapped into memory; ValueError where it is damaged."""
     from safetensors import SafetensorError, safe_open
@@ -793,6 +796,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         _require(found == shape, f"{file} has the tensor {name} in shape {found}: config.json makes it {shape}")
         _require(tensor.is_floating_point() == is_float and (is_float or tensor.dtype == empty.dtype),
                  f"{file} has the tensor {name} as {tensor.dtype}: config.json makes it {empty.dtype}")
+        if not is_float and tensor.data_ptr() % 16 != 0:  # see safetensors_header
+            tensor = tensor.clone()
         target = target or (tensor.dtype if is_float else None)
         state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         if progress is not None:
@@ -809,20 +814,37 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     return model.eval()
 
 
+def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """What a safetensors file has before the numbers of these tensors, (name, dtype, shape), in this order and no gaps.
+
+    That is the length of the rest, in 8 bytes, and a JSON object (https://github.com/huggingface/safetensors#format),
+    padded so that a map of the file can be used as it is: PyTorch's int8 kernel crashes where weights do not begin at a
+    multiple of 16 bytes, and the library's own writer sees to 8.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
     """PersimmonPreTrainedModel.save_pretrained, described there."""
-    from safetensors.torch import save_file
-
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {"architectures": [type(model).__name__], **replace(model.config, dtype=dtype).to_dict()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.unfinished-") as scratch:
         new = Path(scratch, "new")  # on the same disk, so that moving it is one step; with the usual permissions
         new.mkdir()
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        with (new / "model.safetensors").open("wb") as file:
+            file.write(safetensors_header((name, tensor.dtype, tensor.shape) for name, tensor in state.items()))
+            for tensor in state.values():
+                file.write(tensor.contiguous().cpu().view(torch.uint8).numpy())
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors 0.8 makes it private
         if not folder.exists():
             new.rename(folder)
         else:
@@ -1209,9 +1231,11 @@ class Int8Linear(QuantizedLinear):
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
         product = kernel("aten._weight_int8pack_mm")
-        if product is None:
+        if product is None or self.in_features % 16 != 0:  # it takes 16 numbers at a time, and does not look
             return None
-        return product(x.reshape(-1, self.in_features), self.weight, self.scale).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, self.in_features)  # (B, C)
+        rows = rows if rows.data_ptr() % 32 == 0 else rows.clone()  # it crashes on others
+        return product(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
 
 
 class Int4Linear(QuantizedLinear):

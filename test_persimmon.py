@@ -728,7 +728,7 @@ def test_quantizing_odd_weights(cls, group_size):
         assert (W[:, 5] == 0).all()
     with torch.no_grad():
         assert layer(torch.randn(2, 256).bfloat16()).isfinite().all()
-    for bad in (math.inf, math.nan):
+    for bad in (math.inf, -math.inf, math.nan):
         weight[4, 4] = bad
         with pytest.raises(ValueError, match="not finite"):
             cls(linear, group_size)
@@ -754,6 +754,42 @@ def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operato
     monkeypatch.setattr(persimmon, "kernel", lambda name: None)
     with torch.no_grad():
         assert close(layer(x), y, 1e-5)
+
+
+def first_byte(file: Path) -> int:
+    """Where the numbers begin in a safetensors file."""
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+def test_int8_kernel_gets_what_it_can_read(monkeypatch, folders, tmp_path):
+    """It reads 16 numbers at once: at other addresses it crashes, with other widths it multiplies what is beyond."""
+    original, calls = torch.ops.aten._weight_int8pack_mm, []
+
+    def strict(x, weight, scale):
+        assert x.shape[1] % 16 == x.data_ptr() % 32 == weight.data_ptr() % 16 == 0
+        calls.append(1)
+        return original(x, weight, scale)
+
+    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", strict)
+    for C, is_used in ((40, False), (48, True)):
+        layer = Int8Linear(torch.nn.Linear(C, 64).bfloat16(), 128)
+        x = torch.rand(3 * C + 1).bfloat16()[1:].view(3, C)
+        expected = x.double() @ dequantized(layer).T + layer.bias.double()
+        with torch.no_grad():
+            assert close(layer(x), expected, 0.02)
+        assert len(calls) == is_used
+    # weights in a file, where this program and where another one puts them
+    ids = torch.tensor([[1, 2, 3]])
+    model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], quantize="int8")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    at, content = first_byte(file), file.read_bytes()
+    assert at % 64 == 0
+    for spaces in (0, 1, 8):
+        file.write_bytes((at - 8 + spaces).to_bytes(8, "little") + content[8:at] + b" " * spaces + content[at:])
+        with torch.no_grad():
+            assert torch.equal(PersimmonForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert len(calls) > 20
 
 
 def test_a_kernel_that_is_gone_is_reported():
@@ -850,23 +886,46 @@ def test_quantized_loss_of_the_embedded_model(kind, group_size, limit):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_convert_quantizes(tmp_path, kind):
+def test_convert_quantizes(tmp_path, capsys, kind):
     out = tmp_path / "out"
     assert convert.main([str(TINY), str(out), "--quantize", kind, "--group-size", "64",
-                         "--shard-size", "3MB"]) == 0  # fmt: skip
-    assert {file.name for file in out.iterdir()} == {"config.json", "generation_config.json", "model.safetensors",
-                "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"}  # fmt: skip
+                         "--shard-size", "1MB"]) == 0  # fmt: skip
+    assert {file.name for file in out.iterdir() if "model-0000" not in file.name} == {
+        "config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json",
+        "tokenizer.model", "tokenizer_config.json"}  # fmt: skip
+    assert all(first_byte(file) % 64 == 0 for file in out.glob("*.safetensors"))
     expected = PersimmonForCausalLM.from_pretrained(TINY, quantize=kind, group_size=64)
     model = PersimmonForCausalLM.from_pretrained(out)
     assert model.config.quantize == kind and model.config.group_size == 64
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
-    size = (out / "model.safetensors").stat().st_size / (TINY / "model.safetensors").stat().st_size
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / (TINY / "model.safetensors").stat().st_size
     assert size < {"int8": 0.56, "int4": 0.43}[kind]
     stdout = sample_py("--model", out, "-n", "9", "--temp", "0").stdout
     assert stdout == sample_py("--quantize", kind, "--group-size", "64", "-n", "9", "--temp", "0").stdout != b""
     error = sample_py("--model", out, "--quantize", "int8").stderr.decode()
     assert error == f"sample.py: error: the model is quantized already, in {kind}\n"
     assert convert.main([str(out), str(tmp_path / "no")]) == 2 and not (tmp_path / "no").exists()
+    assert f"convert.py: error: {out} is quantized, in {kind}: start" in capsys.readouterr().err
+
+
+def test_convert_quantizes_a_classifier(tmp_path, capsys):
+    """All but its head, in another dtype."""
+    with pytest.warns(UserWarning, match="has no classifier"):
+        model = PersimmonForTokenClassification.from_pretrained(TINY, num_labels=3)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--quantize", "int4", "--dtype", "float32"]
+    assert convert.main(arguments) == 0 and "5,003,523 parameters" in capsys.readouterr().out
+    expected = quantize_model(model.float(), "int4").state_dict()
+    state = PersimmonForTokenClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert state.keys() == expected.keys() and state["score.weight"].shape == (3, 256)
+    assert all(torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in state.items())
+    PersimmonForCausalLM.from_pretrained(TINY).bfloat16().save_pretrained(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.1.self_attn.dense.weight"][3, 3] = -math.inf
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    assert convert.main([*arguments, "--force"]) == 2
+    assert "model.layers.1.self_attn.dense: weights that are not finite" in capsys.readouterr().err
 
 
 # --- torch.compile and the Triton kernel ------------------------------------------------------------------------------
@@ -1811,17 +1870,24 @@ def test_save_pretrained(folder, tmp_path, monkeypatch):
     model.bfloat16().save_pretrained(new)
     assert (new / "tokenizer.model").exists() and PersimmonConfig.from_pretrained(new).dtype == "bfloat16"
     assert next(PersimmonForCausalLM.from_pretrained(new).parameters()).dtype == torch.bfloat16
+    # weights that lie transposed are stored like others
+    with_transposed_weights(model).save_pretrained(new)
+    assert all(torch.equal(p, load_file(new / "model.safetensors")[name]) for name, p in model.state_dict().items())
     # whole or not at all
     before = {file.name: file.read_bytes() for file in new.iterdir()}
+    cpu, copied = torch.Tensor.cpu, []
 
-    def fails(*args, **kwargs):
-        save_file(*args, **kwargs)
-        raise KeyboardInterrupt
+    def fails(tensor):
+        if len(copied) == 10:
+            raise KeyboardInterrupt
+        copied.append(tensor)
+        return cpu(tensor)
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    monkeypatch.setattr(torch.Tensor, "cpu", fails)
     for target in (new, tmp_path / "other"):
         with pytest.raises(KeyboardInterrupt):
             model.float().save_pretrained(target)
+    assert len(copied) == 10
     assert {file.name: file.read_bytes() for file in new.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["deep", "model", "theirs"] and os.listdir(new.parent) == ["new"]
 
@@ -2231,6 +2297,9 @@ def test_drop_unused(tmp_path, vocabulary, capsys):
     a = whole.generate(ids, max_new_tokens=20)[0].tolist()
     assert less.generate(torch.tensor([shifted(ids[0].tolist())]), max_new_tokens=20)[0].tolist() == shifted(a)
     transformers.PersimmonForCausalLM.from_pretrained(tmp_path / "less")
+    assert converted(tar, tmp_path / "int8", "--drop-unused", "--quantize", "int8") == 0
+    state, expected = PersimmonForCausalLM.from_pretrained(tmp_path / "int8").state_dict(), quantize_model(less, "int8").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     # refused where the pieces are not placeholders
     capsys.readouterr()
     for changed, message in (
