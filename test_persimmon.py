@@ -703,6 +703,13 @@ def test_quantized_layers(cls, group_size, O, dtype):  # noqa: E741
     assert all(torch.equal(again[name], tensor) for name, tensor in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("cls", [Int8Linear, Int8SparseLinear])
+def test_quantized_layers_of_one_input(cls):
+    linear = torch.nn.Linear(1, 64)
+    layer, x = cls(linear, 128), torch.rand(40, 1)
+    assert close(layer(x), x.double() @ dequantized(layer).T + linear.bias.double(), 1e-5)
+
+
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_int4_is_better_than_the_range_of_a_group(group_size):
     torch.manual_seed(0)
