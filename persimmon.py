@@ -1347,7 +1347,7 @@ class Int8SparseLinear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
-        scale, offset = self.weight[:, -8:].clone().view(torch.float32).unbind(1)  # (F)
+        scale, offset = self.weight[:, -8:].flatten().clone().view(torch.float32).view(-1, 2).unbind(1)  # (F)
         scaled = x * scale.to(x.dtype)  # (..., F)
         middle = (offset + 128 * scale).to(x.dtype)  # (F)
         parts = [scaled @ (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, which is exact
