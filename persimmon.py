@@ -308,18 +308,18 @@ class Linear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def nonzero_bags(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """For x (..., F): columns of what is not zero, row after row, the values, and where bags of them start, (B, bags).
 
-    None where x is not sparse enough, has too many rows B, is not on a CPU, or has a gradient; and in torch.compile,
-    for which the number of zeros would be part of a shape.
+    None where x has more than so many rows B, or more than limit*F numbers that are not zero, is not on a CPU, or has
+    a gradient; and in torch.compile, for which the number of zeros would be part of a shape.
     """
     F = x.shape[-1]
     B = x.numel() // F
-    if B > 16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if B > rows or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     row, column = x.reshape(B, F).nonzero(as_tuple=True)
-    if len(row) > 1.5 * F:  # measured: from there on F.linear is about as quick
+    if len(row) > limit * F:
         return None
     bags = 4 * torch.get_num_threads()  # for each row: cores share the work by the bag
     count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
@@ -343,7 +343,7 @@ class SparseLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
         table = self.weight.t()  # (F, C)
-        bags = nonzero_bags(x) if table.is_contiguous() else None
+        bags = nonzero_bags(x, 16, 1.5) if table.is_contiguous() else None  # beyond, F.linear is about as quick
         if bags is None:
             return super().forward(x)
         column, value, start = bags
@@ -1178,6 +1178,8 @@ class QuantizedLinear(nn.Module):
     Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
     """
 
+    few = 16  # rows; up to here, few_rows is quicker than product
+
     def __init__(self, linear: nn.Linear, group_size: int) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
@@ -1193,7 +1195,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
-        is_few = x.numel() <= 16 * self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
+        is_few = x.numel() <= self.few * self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
         y = self.few_rows(x) if is_few else None
         y = self.product(x) if y is None else y  # (..., O)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
@@ -1233,7 +1235,7 @@ class Int8Linear(QuantizedLinear):
         product = kernel("aten._weight_int8pack_mm")
         if product is None or self.in_features % 16 != 0:  # it takes 16 numbers at a time, and does not look
             return None
-        rows = x.reshape(-1, self.in_features)  # (B, C)
+        rows = x.reshape(-1, self.in_features)
         rows = rows if rows.data_ptr() % 32 == 0 else rows.clone()  # it crashes on others
         return product(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
 
@@ -1241,6 +1243,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """4 bits, a scale and an offset for each group of inputs and each output."""
 
+    few = 80
     packed: Tensor | None = None  # the weight as PyTorch's kernel on this machine wants it
 
     def empty(self, weight: Tensor) -> dict[str, Tensor]:
@@ -1329,6 +1332,8 @@ class Int4Linear(QuantizedLinear):
 class Int8SparseLinear(QuantizedLinear):
     """8 bits, a scale and an offset for each input, stored by input: the rows that only zeros multiply are not read."""
 
+    few = 64
+
     def empty(self, weight: Tensor) -> dict[str, Tensor]:
         """weight uint8 (F, C + 8)"""
         return {"weight": weight.new_empty(self.in_features, self.out_features + 8, dtype=torch.uint8)}
@@ -1356,7 +1361,7 @@ class Int8SparseLinear(QuantizedLinear):
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., F) -> (..., C)"""
-        product, bags = kernel("quantized.embedding_bag_byte_rowwise_offsets"), nonzero_bags(x)
+        product, bags = kernel("quantized.embedding_bag_byte_rowwise_offsets"), nonzero_bags(x, self.few, 6)
         if product is None or bags is None:
             return None
         column, value, start = bags

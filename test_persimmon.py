@@ -741,10 +741,10 @@ def test_quantizing_odd_weights(cls, group_size):
             cls(linear, group_size)
 
 
-@pytest.mark.parametrize(("cls", "operator"), [
-    (Int8Linear, "_weight_int8pack_mm"), (Int4Linear, "_weight_int4pack_mm_for_cpu"),
-    (Int8SparseLinear, "embedding_bag_byte_rowwise_offsets")])  # fmt: skip
-def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operator):
+@pytest.mark.parametrize(("cls", "operator", "rows"), [
+    (Int8Linear, "_weight_int8pack_mm", 16), (Int4Linear, "_weight_int4pack_mm_for_cpu", 80),
+    (Int8SparseLinear, "embedding_bag_byte_rowwise_offsets", 64)])  # fmt: skip
+def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operator, rows):
     layer, calls = cls(torch.nn.Linear(256, 64), 64), []
     namespace = torch.ops.quantized if cls is Int8SparseLinear else torch.ops.aten
     original = getattr(namespace, operator)
@@ -752,12 +752,18 @@ def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operato
     x = torch.rand(2, 256) * (torch.rand(2, 256) < 0.3)
     with torch.no_grad():
         y = layer(x)
-        layer(torch.rand(17, 256))
-        assert len(calls) == 1
+        few = torch.zeros(rows, 256)
+        few[:, :12] = torch.rand(rows, 12)  # 3 * 256 numbers at most
+        assert close(layer(few), few.double() @ dequantized(layer).T + layer.bias.double(), 1e-5) and len(calls) == 2
+        layer(torch.cat((few, few[:1])))
+        assert len(calls) == 2
+        layer(torch.ones(8, 256))  # 8 * 256 that are not zero
+        assert len(calls) == 2 + (cls is not Int8SparseLinear)
+        calls.clear()
         layer(x.requires_grad_())
-    assert len(calls) == 2
+    assert len(calls) == 1
     layer(x).sum().backward()
-    assert len(calls) == 2 and x.grad.abs().sum() > 0
+    assert len(calls) == 1 and x.grad.abs().sum() > 0
     monkeypatch.setattr(persimmon, "kernel", lambda name: None)
     with torch.no_grad():
         assert close(layer(x), y, 1e-5)
