@@ -32,6 +32,7 @@ config that asks for such a thing is refused, not half followed.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -298,6 +299,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
         is_row = x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
+        is_row = is_row and x.dtype == self.weight.dtype  # not so under autocast
         if is_row and self.weight.nbytes >= self.large:
             O = self.out_features
             rows = torch.arange(O, dtype=torch.int32)  # (O)
@@ -343,7 +345,8 @@ class SparseLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
         table = self.weight.t()  # (F, C)
-        bags = nonzero_bags(x, 16, 1.5) if table.is_contiguous() else None  # beyond, F.linear is about as quick
+        is_table = table.is_contiguous() and x.dtype == table.dtype
+        bags = nonzero_bags(x, 16, 1.5) if is_table else None  # beyond, F.linear is about as quick
         if bags is None:
             return super().forward(x)
         column, value, start = bags
@@ -578,10 +581,12 @@ class PersimmonModel(PersimmonPreTrainedModel):
         new; at padding, results are finite and mean nothing. position_ids (B, T) or (1, T) are the tokens' places for
         RoPE, by default the number of tokens before each, padding not counted.
 
-        Raises ValueError for inputs that do not fit each other or the cache.
+        Raises ValueError for inputs that do not fit each other, or a cache without room for them.
         """
         _require((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        _require(x.dim() == 3 and x.shape[2] == self.config.hidden_size, f"input_ids have to be (B, T), inputs_embeds "
+                 f"(B, T, C) with C = {self.config.hidden_size}: this makes {tuple(x.shape)} as (B, T, C)")
         B, T, _ = x.shape
         place, S = torch.arange(T, device=x.device), T  # of the new positions among all S
         if cache is not None:
@@ -593,6 +598,8 @@ class PersimmonModel(PersimmonPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
         elif position_ids is None:
             position_ids = place.expand(B, T)  # (B, T)
+        _require(position_ids.shape in ((B, T), (1, T)), f"position_ids have shape {tuple(position_ids.shape)} and have "
+                 f"to have (B, T) = ({B}, {T}) or (1, {T})")
         rope = rope_tables(position_ids, self.config, x.dtype)
         mask = causal_mask(place, S, attention_mask)
         for block in self.layers[:-1]:
@@ -620,6 +627,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         labels (B, T) are the ids at the same positions, -100 where a token does not count; the logits at t are scored
         against the label at t + 1, in float32. The other arguments and errors are those of PersimmonModel.forward.
         """
+        _require(logits_to_keep >= 0, f"logits_to_keep = {logits_to_keep} is negative")
         _require(labels is None or logits_to_keep == 0, "a loss needs all logits: logits_to_keep has to be 0")
         output = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, keep=logits_to_keep)
         logits = self.lm_head(output.last_hidden_state)
@@ -650,7 +658,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
     """The loss of logits (B, K) for K labels, as transformers chooses it (loss/loss_utils.py there).
 
-    regression                   mean squared error, labels (B, K) or (B). The default for K = 1
+    regression                   mean squared error, labels (B, K), for K = 1 also (B). The default for K = 1
     single_label_classification  cross-entropy, labels (B) from 0 to K - 1. The default for labels of integers
     multi_label_classification   mean binary cross-entropy, labels (B, K) from 0.0 to 1.0. The default otherwise
     """
@@ -771,7 +779,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     head = {name for name in own if name.startswith("score.") and not any(n.startswith("score.") for n in files)}
     ignored = ["rotary_emb.inv_freq"]  # computed here; some older versions store it
     if head or cls is PersimmonModel:
-        ignored.append("lm_head.weight")
+        ignored += ["lm_head.weight", "lm_head.scale"]
     if head:
         warnings.warn(f"{folder} has no classifier: {', '.join(sorted(head))} is new, random, and to be trained; "
                       "lm_head.weight is not used", stacklevel=3)
@@ -796,8 +804,6 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         _require(found == shape, f"{file} has the tensor {name} in shape {found}: config.json makes it {shape}")
         _require(tensor.is_floating_point() == is_float and (is_float or tensor.dtype == empty.dtype),
                  f"{file} has the tensor {name} as {tensor.dtype}: config.json makes it {empty.dtype}")
-        if not is_float and tensor.data_ptr() % 16 != 0:  # see safetensors_header
-            tensor = tensor.clone()
         target = target or (tensor.dtype if is_float else None)
         state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         if progress is not None:
@@ -927,8 +933,13 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The text that is certain once `token` is known, often a word, sometimes nothing."""
         self.pending.append(token)
-        # An unfinished character decodes as U+FFFD. If it is one that is there to stay, what follows will show it.
-        return "" if self._pending_text().endswith("\ufffd") else self.finish()
+        decoder, processor, data = codecs.getincrementaldecoder("utf-8")("replace"), self.tokenizer.processor, b""
+        for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
+            is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
+            data = data + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
+        decoder.decode(data)
+        is_torn = decoder.getstate()[0] != b""  # the first bytes of a character
+        return "" if is_torn else self.finish()
 
     def finish(self) -> str:
         """The rest, with U+FFFD for bytes that never became a character."""
@@ -1077,7 +1088,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     for name, value, least, most in (
         ("max_new_tokens", max_new_tokens, 1, math.inf), ("temperature", temperature, 0, math.inf),
         ("top_k", top_k, 0, math.inf), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1),
-        ("repetition_penalty", repetition_penalty, 1e-3, math.inf), ("seed", seed, 0, 2**63 - 1),
+        ("repetition_penalty", repetition_penalty, 1e-3, 1e3), ("seed", seed, 0, 2**63 - 1),
     ):
         _require(least <= value <= most, f"{name} = {value} is out of range: it goes from {least} to {most}")
     _require(not compile or config.quantize is None, "a quantized model can't be compiled: leave out compile or "
@@ -1088,7 +1099,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
              f"the prompt has ids from {input_ids.min()} to {input_ids.max()}: the model's vocabulary has "
              f"{config.vocab_size}")
     B, T = input_ids.shape
-    ids = input_ids.to(device)
+    ids = input_ids.to(device, torch.long)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)  # (B, T)
     _require(mask.shape == ids.shape, f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
     order = mask.argsort(dim=1, stable=True)  # (B, T), padding in front: every row's next token then comes at T
@@ -1098,7 +1109,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     _require(max(lengths) < limit, f"the prompt has {max(lengths)} tokens and leaves no room for another one: the "
              f"context limit is {limit}")
 
-    stop_ids = {config.eos_token_id} if stop_ids is None else set(stop_ids)
+    stop_ids = {config.eos_token_id} if stop_ids is None else set(map(int, stop_ids))
     pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id or 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
     steps = min(max_new_tokens, limit - min(lengths))
@@ -1219,9 +1230,9 @@ class Int8Linear(QuantizedLinear):
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (O, C) -> weight int8 (O, C) and scale (O)."""
-        scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used
+        scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used, in float16 perhaps a lot
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a row of zeros
-        parts = [(w / s[:, None]).round().to(torch.int8)  # at most 127 * (1 + 2**-9), which rounds to 127
+        parts = [(w / s[:, None]).round().clamp(-127, 127).to(torch.int8)
                  for w, s in zip(weight.split(128), scale.float().split(128))]
         return {"weight": torch.cat(parts), "scale": scale}
 
@@ -1233,11 +1244,14 @@ class Int8Linear(QuantizedLinear):
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
         product = kernel("aten._weight_int8pack_mm")
-        if product is None or self.in_features % 16 != 0:  # it takes 16 numbers at a time, and does not look
+        if product is None or self.in_features % 16 != 0:
             return None
-        rows = x.reshape(-1, self.in_features)
-        rows = rows if rows.data_ptr() % 32 == 0 else rows.clone()  # it crashes on others
-        return product(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        # It takes 16 numbers at a time, without a look, and crashes where they don't lie as the processor wants them.
+        if self.weight.data_ptr() % 16 != 0:  # mapped from a file that another program wrote
+            self.weight = self.weight.clone()
+        rows = x.reshape(-1, self.in_features).contiguous()
+        rows = rows if rows.data_ptr() % 32 == 0 else rows.clone()
+        return product(rows, self.weight, self.scale.to(x.dtype)).view(*x.shape[:-1], -1)
 
 
 class Int4Linear(QuantizedLinear):
@@ -1282,11 +1296,11 @@ class Int4Linear(QuantizedLinear):
                     centered = number - number.mean(-1, keepdim=True)
                     scale = (centered * w).sum(-1, keepdim=True) / centered.square_().sum(-1, keepdim=True)
                     offset = w.mean(-1, keepdim=True) - scale * number.mean(-1, keepdim=True)
-                # What is stored is rounded, and the offset belongs to number 8. Numbers that are all equal have no
-                # slope: NaN then, and never the best.
-                scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype).float()
+                # What is stored is rounded, and the offset belongs to number 8. Weights that are all equal have scale
+                # 0, numbers that are all equal have no slope: NaN then, and never the best.
+                scale = scale.to(weight.dtype).float()
                 offset = (offset + 8 * scale).to(weight.dtype).float() - 8 * scale
-                number = ((w - offset) / scale).round_().clamp_(0, 15)
+                number = ((w - offset) / torch.where(scale > 0, scale, torch.ones_like(scale))).round_().clamp_(0, 15)
                 error = (number * scale).add_(offset).sub_(w).square_().sum(-1, keepdim=True)
                 if best is None:
                     best = error, scale, offset, number
@@ -1324,9 +1338,14 @@ class Int4Linear(QuantizedLinear):
             self.packed = self.weight
             if not is_own_order:
                 self.packed = pack(self.numbers(0, len(self.weight) * 64).t().to(torch.int32).contiguous(), 1)
-        y = product(x.reshape(-1, self.in_features), self.packed.view(-1, self.in_features // 2), self.group_size,
-                    self.scale.to(x.dtype))
+        rows = x.reshape(-1, self.in_features).contiguous()
+        y = product(rows, self.packed.view(-1, self.in_features // 2), self.group_size, self.scale.to(x.dtype))
         return y[:, : self.out_features].view(*x.shape[:-1], -1)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As in nn.Module; what was packed is the weight from before."""
+        super()._load_from_state_dict(*args)
+        self.packed = None
 
 
 class Int8SparseLinear(QuantizedLinear):
@@ -1345,8 +1364,8 @@ class Int8SparseLinear(QuantizedLinear):
             w = w.t().float()  # 128 inputs by C
             offset = w.amin(1, keepdim=True)
             scale = (w.amax(1, keepdim=True) - offset) / 255
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            number = ((w - offset) / scale).round().clamp(0, 255).to(torch.uint8)
+            number = (w - offset) / torch.where(scale > 0, scale, torch.ones_like(scale))
+            number = number.round().clamp(0, 255).to(torch.uint8)
             parts.append(torch.cat((number, scale.view(torch.uint8), offset.view(torch.uint8)), dim=1))
         return {"weight": torch.cat(parts)}
 
@@ -1373,7 +1392,8 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
     """Replace, one after the other, each Linear of `model` but a classifier's head; the model itself is returned.
 
-    kind is "int8" or "int4". Raises ValueError for a model that is quantized already, and for weights that can't be.
+    kind is "int8" or "int4". Raises ValueError for a model that is quantized already, and for weights that can't be:
+    the model is then quantized in part, and of no use.
     """
     _require(model.config.quantize is None, f"the model is quantized already, in {model.config.quantize}")
     config = replace(model.config, quantize=kind, group_size=group_size)

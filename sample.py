@@ -119,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least, most in (
         ("num_samples", 1, math.inf), ("threads", 1, math.inf), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
         ("temp", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, 2**62),
-        ("repetition_penalty", 0.001, math.inf), ("density", 0.001, 0.999), ("repetitions", 1, math.inf),
+        ("repetition_penalty", 0.001, 1000), ("density", 0.001, 0.999), ("repetitions", 1, math.inf),
         ("n_prompt", 1, math.inf), ("n_depth", 0, math.inf), ("batch_size", 1, math.inf),
     ):
         values = getattr(args, name)
