@@ -19,9 +19,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,11 +31,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while torch is imported
+
 import torch
 from torch import Tensor, nn
 
 import persimmon
-from persimmon import SAFETENSORS_DTYPES, PersimmonConfig, QuantizedLinear, Tokenizer, safetensors_header, tensor_files
+from persimmon import (
+    SAFETENSORS_DTYPES,
+    PersimmonConfig,
+    PersimmonPreTrainedModel,
+    QuantizedLinear,
+    Tokenizer,
+    safetensors_header,
+    tensor_files,
+)
 
 PIECE = 1 << 26  # bytes that are copied at once
 MD5 = {  # of Adept's two releases, from their README
@@ -114,16 +127,38 @@ class Inert:
         pass
 
 
-def read_pickle(path: Path, file: BinaryIO, start: int) -> Any:
-    """What is in a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
+def member_offsets(file: BinaryIO, where: str) -> set[int]:
+    """Where the contents of each member of a zip archive begin; ValueError for one that is not as torch writes it."""
+    offsets = set()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                is_plain = member.compress_type == zipfile.ZIP_STORED
+                require(is_plain, f"{where} is compressed: write it anew with torch.save")
+                if member.filename.endswith("/byteorder"):
+                    require(archive.read(member) == b"little", f"{where} has its numbers in big-endian order")
+                file.seek(member.header_offset)
+                header = file.read(30)  # ends with the lengths of name and extra field, which follow
+                lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+                offsets.add(member.header_offset + 30 + lengths)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{where} is cut off, damaged or no checkpoint: {error}") from None
+    file.seek(0)
+    return offsets
+
+
+def read_pickle(path: Path, file: BinaryIO, start: int) -> dict[str, Any]:
+    """The dict in a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
 
     `file` is the opened file from there on. Raises ValueError where torch can't read it safely. Under fake tensors,
-    torch.load makes shapes without numbers, and notes where in the file each storage begins.
+    torch.load makes shapes without numbers, and notes where in the file each storage begins: by a rule, which is why
+    that is compared with the archive.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     here = f"{path}{f' ({file.name})' if start else ''}"
+    offsets = member_offsets(file, here)
     try:
         unknown = get_unsafe_globals_in_checkpoint(file)
         stand_ins = [(type("Inert", (Inert,), {}), name) for name in unknown if name != "argparse.Namespace"]
@@ -138,16 +173,24 @@ def read_pickle(path: Path, file: BinaryIO, start: int) -> Any:
 
     def stored(value: Any, name: str) -> Any:
         if isinstance(value, dict):
-            return {key: stored(inner, f"{name}.{key}") for key, inner in value.items()}
+            return {key: stored(inner, f"{name}.{key}" if name else f"{key}") for key, inner in value.items()}
         if not isinstance(value, Tensor):
             return value
-        require(value.is_contiguous(), f"{here} has the tensor {name} with its numbers in another order")
-        offset = start + value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
+        is_plain = value.layout == torch.strided and value.is_contiguous() and not (value.is_neg() or value.is_conj())
+        require(is_plain, f"{here} has the tensor {name} with its numbers in another order or form")
+        at = value.untyped_storage()._checkpoint_offset
+        require(at in offsets, f"{here} has the numbers of {name} elsewhere than torch would write them: read it with "
+                "torch.load and write it anew with torch.save")
+        offset = start + at + value.storage_offset() * value.dtype.itemsize
         end = offset + nbytes(value.dtype, value.shape)
         require(end <= len(mapped), f"{here} is cut off: the tensor {name} reaches past its end")
         return Stored(mapped, offset, value.dtype, tuple(value.shape))
 
-    return stored(loaded, "")
+    require(isinstance(loaded, dict), f"{here} holds no dict of tensors")
+    try:
+        return stored(loaded, "")
+    except RecursionError:
+        raise ValueError(f"{here} holds dicts in dicts without end") from None
 
 
 def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,6 +228,9 @@ def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
         require(bool(default) or hasattr(args, name), f"{where} has no args.{name}")
         return getattr(args, name, *default)
 
+    for name in ("hidden_size", "num_attention_heads", "rotary_emb_base"):
+        is_number = isinstance(arg(name), (int, float)) and arg(name) > 0
+        require(is_number, f"{where} has args.{name} = {arg(name)!r}, which is not a number above 0")
     for name, only in (("tensor_model_parallel_size", (1,)), ("pipeline_model_parallel_size", (1,)),
                        ("sq_relu", (True,)), ("untie_embeddings", (True,)), ("pos_emb", ("rotary",)),
                        ("kv_channels", (None, arg("hidden_size") // arg("num_attention_heads"))),
@@ -215,11 +261,12 @@ def release_checkpoint(names: Sequence[str], latest: str, where: str) -> str:
 def read_source(path: Path, tokenizer: Path | None) -> Source:
     """Find out what `path` is, and read everything but the numbers."""
     if path.is_file() and tarfile.is_tarfile(path):
-        with tarfile.open(path, "r:") as tar:  # uncompressed: the members lie in it as they are
-            try:
-                members = {member.name: member for member in tar.getmembers() if member.isreg()}
-            except tarfile.TarError as error:
-                raise ValueError(f"{path} is cut off or damaged: {error}") from None
+        try:
+            tar = tarfile.open(path, "r:")  # uncompressed: the members lie in it as they are
+            members = {member.name: member for member in tar.getmembers() if member.isreg()}
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is compressed, cut off or damaged: {error}") from None
+        with tar:
 
             def find(end: str) -> bytes:
                 names = [name for name in members if name.split("/")[-1] == end and name.count("/") <= 1]
@@ -246,9 +293,11 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
     config = PersimmonConfig.from_pretrained(path)
     require(config.quantize is None, f"{path} is quantized, in {config.quantize}: start from weights in 16 or 32 bit")
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    architecture = (raw.get("architectures") or ["PersimmonForCausalLM"])[0]
-    require(architecture.startswith("Persimmon") and hasattr(persimmon, architecture),
-            f"{path}/config.json names the architecture {architecture}, which is not known here")
+    architectures = raw.get("architectures") or ["PersimmonForCausalLM"]
+    known = [cls.__name__ for cls in PersimmonPreTrainedModel.__subclasses__()]
+    require(isinstance(architectures, list) and architectures[0] in known,
+            f"{path}/config.json names the architectures {architectures}, of which none is known here")
+    architecture = architectures[0]
     names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     if tokenizer is not None:
@@ -258,7 +307,9 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
         return Source("safetensors", dict(read_safetensors(path)), config, architecture, files)
 
     index = path / "pytorch_model.bin.index.json"
-    where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    where = persimmon._read_json(index).get("weight_map") if index.is_file() else {}
+    require(isinstance(where, dict) and all(isinstance(shard, str) for shard in where.values()),
+            f"{index} has no weight_map from tensor names to files")
     require(bool(where) or (path / "pytorch_model.bin").is_file(), f"{path} holds no weights: no .tar, .pt, .bin or "
             "safetensors of a kind that is known here")
     tensors = {}
@@ -285,7 +336,7 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
             if name == "__metadata__" or is_ignored(name):
                 continue
-            require(entry["dtype"] in by_name, f"{path} has the tensor {name} as {entry['dtype']}, which is unknown here")
+            require(entry["dtype"] in by_name, f"{path} has {name} as {entry['dtype']}, no dtype of weights")
             at = 8 + length + entry["data_offsets"][0]
             yield name, Stored(mapped, at, by_name[entry["dtype"]], tuple(entry["shape"]))
 
@@ -338,7 +389,7 @@ def without_unused(model: bytes) -> bytes:
         require(kind in (3, 4, 5), f"--drop-unused: the piece {text!r} is one of ordinary text, and no placeholder")
         texts.append(text)
     shapes = {re.sub(r"\d+", "#", text) for text in texts}
-    require(len(shapes) == 1 and len(set(texts)) == len(texts) and "#" in min(shapes),
+    require(len(shapes) == 1,  # and SentencePiece has seen to it that no two texts are equal
             f"--drop-unused: the pieces from {texts[0]!r} to {texts[-1]!r} are not one text around different numbers")
     kept, index = [], 0
     for number, whole, _ in fields_of(model):
@@ -452,6 +503,8 @@ def check_folder(folder: Path, plan: list[Planned], sums: dict[str, int], progre
 
 def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned], PersimmonConfig, bytes]:
     """What is to be written: tensors in the model's order, its config, and the tokenizer."""
+    from sentencepiece import SentencePieceProcessor
+
     config, vocabulary = source.config, source.files["tokenizer.model"]
     with torch.device("meta"):
         model = getattr(persimmon, source.architecture)(config)
@@ -462,6 +515,11 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
         require(stored.shape == shape, f"the source has {name} in shape {stored.shape}: its config makes it {shape}")
         require(stored.dtype in SAFETENSORS_DTYPES and stored.dtype.is_floating_point,
                 f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
+    try:
+        SentencePieceProcessor(model_proto=vocabulary)
+    except RuntimeError:
+        where = args.tokenizer or f"the tokenizer of {args.source}"
+        raise ValueError(f"{where} is damaged or no SentencePiece model") from None
     pieces = sum(number == 1 for number, _, _ in fields_of(vocabulary))
     V = config.vocab_size
     require(0 < pieces <= V, f"the tokenizer has {pieces} pieces, and the model {V} rows for them")
@@ -485,7 +543,7 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
 
 
 def quantized(prefix: str, empty: QuantizedLinear, item: Planned) -> dict[str, Tensor]:
-    """The tensors, by name, that are stored for one matrix, `item`, as those of the layer `empty` are, without values."""
+    """The tensors, by name, that are stored for one matrix, `item`; the layer `empty` has them without values."""
     weight = item.stored.read()
     if item.rows is not None:
         weight = torch.cat([weight[rows.start : rows.stop] for rows in item.rows])
@@ -560,7 +618,7 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
 
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]i?B)?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     unit = (match[2] or "").upper()
@@ -579,14 +637,24 @@ def verify_md5(path: Path) -> str:
     return MD5[digest.hexdigest()]
 
 
+def is_left_over(folder: Path) -> bool:
+    """Whether it is what a killed run leaves: a model's folder, or the beginning of one."""
+    parts = (".safetensors", ".json", ".model")
+    return (folder / "config.json").is_file() or (folder.is_dir() and all(f.suffix in parts for f in folder.iterdir()))
+
+
 def run(args: argparse.Namespace) -> int:
     """Convert; the exit code."""
-    output = Path(os.path.abspath(args.output))
+    output, source_path = Path(os.path.realpath(args.output)), Path(os.path.realpath(args.source))
+    require(output.name != "", f"OUTPUT {output} can't be made: name a folder that is to be")
     scratch, replaced = (output.with_name(f"{output.name}.{what}") for what in ("unfinished", "replaced"))
+    for folder in (output, scratch, replaced):
+        is_apart = folder != source_path and folder not in source_path.parents
+        require(is_apart, f"{folder}, which is OUTPUT or made on the way to it, is or holds the source")
+        require(folder == output or not folder.exists() or is_left_over(folder),
+                f"{folder} is in the way: its name is needed on the way to OUTPUT, and it holds no model")
     if replaced.exists() and not output.exists() and not args.dry_run:
         replaced.rename(output)  # a run was killed between the two renames at the end
-    source_path = Path(os.path.abspath(args.source))
-    require(output != source_path and output not in source_path.parents, f"OUTPUT {output} is or holds the source")
     is_model = (output / "config.json").is_file() or (output.is_dir() and not any(output.iterdir()))
     require(not output.exists() or args.force, f"{output} exists: give another name, or --force to replace it")
     require(not output.exists() or is_model, f"{output} is not a model's folder: --force does not replace it")
@@ -604,9 +672,10 @@ def run(args: argparse.Namespace) -> int:
     free = shutil.disk_usage(room).free
     needed = total * 1.01 + len(vocabulary)
     require(free > needed, f"{room} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
+    dtypes = "/".join(sorted({SAFETENSORS_DTYPES[item.dtype] for item in plan}))
     print(f"source      {source.kind}, {len(source.tensors)} tensors\n"
           f"output      {parameters:,} parameters, {total / 1e9:.2f} GB in "
-          f"{'/'.join(sorted({SAFETENSORS_DTYPES[item.dtype] for item in plan}))}, {config.vocab_size} tokens", flush=True)
+          f"{dtypes}, {config.vocab_size} tokens", flush=True)
     if args.dry_run:
         return 0
 
@@ -646,6 +715,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--verify", action="store_true", help="compare the .tar with Adept's published MD5 first")
     add("--dry-run", action="store_true", help="look at everything, write nothing")
     add("--force", action="store_true", help="replace OUTPUT, if it is a model's folder")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # closed: errors have nowhere to go
     args = parser.parse_args(argv)
     try:
         return run(args)
@@ -657,4 +728,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

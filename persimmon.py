@@ -123,7 +123,7 @@ class PersimmonConfig:
             if field.name.endswith("_dropout"):
                 _require(0 <= value <= 1, f"{key} = {value} is not a probability from 0 to 1")
             elif kind in ("int", "float") and not field.name.endswith("token_id"):
-                _require(0 < value < 2**31, f"{key} = {value} is not a number from 0 to 2**31")
+                _require(0 < value < 2**28, f"{key} = {value} is not a number from 0 to 2**28")
         _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is no "
                  f"multiple of num_attention_heads = {self.num_attention_heads}")
         _require(0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
@@ -598,8 +598,8 @@ class PersimmonModel(PersimmonPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, place]  # (B, T)
         elif position_ids is None:
             position_ids = place.expand(B, T)  # (B, T)
-        _require(position_ids.shape in ((B, T), (1, T)), f"position_ids have shape {tuple(position_ids.shape)} and have "
-                 f"to have (B, T) = ({B}, {T}) or (1, {T})")
+        shape = tuple(position_ids.shape)
+        _require(shape in ((B, T), (1, T)), f"position_ids have shape {shape} and have to have (B, T) = ({B}, {T})")
         rope = rope_tables(position_ids, self.config, x.dtype)
         mask = causal_mask(place, S, attention_mask)
         for block in self.layers[:-1]:

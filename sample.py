@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if sum(sources) > 1:
         parser.error("give only one of a prompt, --file, --batch, --chat and --bench")
     shape, _, layers = (args.random or "8b").partition(":")
-    if shape != "8b" or not (layers or "36").isdecimal() or not 0 < int(layers or 36) <= 1000:
+    if shape != "8b" or not (layers or "36").isdecimal() or len(layers) > 3 or int(layers or 36) == 0:
         parser.error(f"--random {args.random} is no shape: give 8b, or 8b:L for L layers")
     if args.random and not args.bench:
         parser.error("--random is for --bench: random weights write nothing")
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.json and args.logprobs:
         parser.error("--json has the log-probabilities: leave --logprobs out")
     for name, least, most in (
-        ("num_samples", 1, math.inf), ("threads", 1, math.inf), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
+        ("num_samples", 1, 100_000), ("threads", 1, 4096), ("ctx_size", 2, math.inf), ("max_tokens", 1, math.inf),
         ("temp", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("seed", 0, 2**62),
         ("repetition_penalty", 0.001, 1000), ("density", 0.001, 0.999), ("repetitions", 1, math.inf),
         ("n_prompt", 1, math.inf), ("n_depth", 0, math.inf), ("batch_size", 1, math.inf),
@@ -142,7 +142,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not args.batch:
         return [text.removesuffix("\n")]
     prompts = []
-    for line in filter(str.strip, text.split("\n")):
+    for line in filter(str.strip, text.replace("\r\n", "\n").split("\n")):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -659,10 +659,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors become one sentence and exit code 2."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends like any other command
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # closed: figures and errors have nowhere to go
     args = parse(argv)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch then asks for large pages, which are quicker to fill
-    if sys.stdin is None or sys.stdout is None:
-        return 2  # closed: there is nobody to tell
+    for stream, is_needed in (("stdin", args.prompt == "-" or args.chat), ("stdout", True)):
+        if getattr(sys, stream) is None and is_needed:
+            print(f"sample.py: error: {stream} is closed", file=sys.stderr)
+            return 2
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         return run(args)

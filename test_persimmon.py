@@ -2155,7 +2155,7 @@ def test_convert_refuses(tmp_path, weights, vocabulary, capsys, monkeypatch):
     (tmp_path / "text.pt").write_text("hello")
     refused("without its tokenizer", tmp_path / "text.pt", out)
     (tmp_path / "v").write_bytes(vocabulary)
-    refused("is damaged or no checkpoint", tmp_path / "text.pt", out, "--tokenizer", tmp_path / "v")
+    refused("damaged or no checkpoint", tmp_path / "text.pt", out, "--tokenizer", tmp_path / "v")
     refused("is not one of Adept's releases", good, out, "--verify")
     refused("no file .*config.json", tmp_path, out)
     refused("OUTPUT .* is or holds the source", good, tmp_path)
@@ -2317,7 +2317,7 @@ def test_drop_unused(tmp_path, vocabulary, capsys):
     capsys.readouterr()
     for changed, message in (
         (with_placeholders(vocabulary, kind=1), "'|IMAGE_PATCH_0|' is one of ordinary text"),
-        (with_placeholders(vocabulary, "|PATCH|"), "are not one text around different numbers"),
+        (with_placeholders(vocabulary, "|PATCH|"), "release.tar is damaged or no SentencePiece model"),
         (with_placeholders(vocabulary).replace(b"|IMAGE_PATCH_69999|", b"|STOP_TALKING_NOW!|"), "are not one text around"),
     ):
         tar = release_tar(tmp_path / "release.tar", checkpoint, changed)
