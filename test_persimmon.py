@@ -11,6 +11,7 @@ import ast
 import copy
 import enum
 import fcntl
+import gzip
 import io
 import json
 import math
@@ -28,6 +29,7 @@ import tarfile
 import termios
 import time
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -502,8 +504,15 @@ def test_inputs_that_do_not_fit(small):
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(2, 4, 48)}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             small(**arguments)
-    with pytest.raises(ValueError, match="logits_to_keep"):
-        small(ids, labels=ids, logits_to_keep=1)
+    for options in ({"labels": ids, "logits_to_keep": 1}, {"logits_to_keep": -1}):
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            small(ids, **options)
+    for arguments in ({"input_ids": ids[0]}, {"inputs_embeds": torch.zeros(2, 4, 47)}, {"inputs_embeds": torch.zeros(4, 48)}):
+        with pytest.raises(ValueError, match=r"inputs_embeds \(B, T, C\) with C = 48"):
+            small(**arguments)
+    for shape in ((2, 3), (1, 1), (3, 4)):
+        with pytest.raises(ValueError, match=r"position_ids have shape .* \(B, T\) = \(2, 4\)"):
+            small(ids, position_ids=torch.zeros(shape).long())
 
 
 # --- one token on a CPU ----------------------------------------------------------------------------------------------
@@ -608,6 +617,19 @@ def test_where_keys_lie_transposed(dtype, N, expected):
     assert not KVCache(config, 1, N, dtype, "meta").is_transposed
 
 
+def test_autocast(monkeypatch, small):
+    """The products of section 4 and 10 are not among what PyTorch casts; parts in float32 and bfloat16 meet here."""
+    use_one_token_products(monkeypatch)
+    ids = random_ids(small.config, rows=1, length=6)
+    expected = small.generate(ids, max_new_tokens=1)
+    for model in (small, with_transposed_weights(small), quantize_model(copy.deepcopy(small), "int8"), small):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.generate(ids, max_new_tokens=4).shape == (1, 10)
+            with torch.no_grad():
+                logits = model(ids).logits[:, -1]
+        assert logits[0, expected[0, -1]] > logits.max() - 0.5
+
+
 def test_a_pass_uses_the_products(reads, small):
     model = with_transposed_weights(small)
     cache = KVCache(model.config, 1, 20, torch.float32, "cpu")
@@ -703,6 +725,31 @@ def test_quantized_layers(cls, group_size, O, dtype):  # noqa: E741
     assert all(torch.equal(again[name], tensor) for name, tensor in layer.state_dict().items())
 
 
+@pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
+def test_quantizing_small_float16(cls, group_size):
+    """Where scales are hardly numbers any more, signs stay."""
+    linear = torch.nn.Linear(128, 64).half()
+    linear.weight.data = (torch.randn(64, 128) * 1e-4).half()
+    linear.weight.data[:, 0] = 2e-4
+    linear.weight.data[5] = 3e-8  # less than any scale
+    w, W = linear.weight.double(), dequantized(cls(linear, group_size))
+    assert (W - w)[:5].abs().max() < 1e-4 and (W[:5] * w[:5] >= 0)[w[:5].abs() > 5e-5].all() and W.isfinite().all()
+
+
+@pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
+def test_quantized_layers_take_any_layout_and_new_weights(cls, group_size):
+    torch.manual_seed(0)
+    layer, other = (cls(torch.nn.Linear(128, 64).bfloat16(), group_size) for _ in range(2))
+    wide = (torch.rand(3, 4, 131) * (torch.rand(3, 4, 131) < 0.3)).bfloat16()
+    with torch.no_grad():
+        for x in (wide[..., :128], wide[:, -1:, 3:], wide[1, 2, :128], wide[0, :, :128].t().contiguous().t()):
+            assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
+        x = wide[..., :128]
+        assert not torch.equal(layer(x), other(x))
+        layer.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+        assert torch.equal(layer(x), other(x))
+
+
 @pytest.mark.parametrize("cls", [Int8Linear, Int8SparseLinear])
 def test_quantized_layers_of_one_input(cls):
     linear = torch.nn.Linear(1, 50)
@@ -733,8 +780,14 @@ def test_quantizing_odd_weights(cls, group_size):
     assert W.isfinite().all() and (W[3].abs() < 1e-2).all() and (W[66, 128:] - 0.75).abs().max() < 0.02
     if cls is not Int4Linear:
         assert (W[:, 5] == 0).all()
-    with torch.no_grad():
-        assert layer(torch.randn(2, 256).bfloat16()).isfinite().all()
+    if cls is Int4Linear:
+        assert (W[3] == 0).all() and (W[66, 128:] == 0.75).all()  # groups that are all equal are exact
+    x = torch.randn(100, 256).bfloat16()
+    x[:, 5] = 300  # times 0, whatever the others are
+    expected = (x.double() @ W.T + linear.bias.double()).detach()
+    for rows in (2, 100):
+        with torch.no_grad():
+            assert (layer(x[:rows]) - expected[:rows]).norm() < (0.01 if cls is Int8Linear else 0.03) * expected[:rows].norm()
     for bad in (math.inf, -math.inf, math.nan):
         weight[4, 4] = bad
         with pytest.raises(ValueError, match="not finite"):
@@ -790,7 +843,11 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch, folders, tmp_path):
         expected = x.double() @ dequantized(layer).T + layer.bias.double()
         with torch.no_grad():
             assert close(layer(x), expected, 0.02)
-        assert len(calls) == is_used
+            layer(torch.rand(3, C + 3).bfloat16()[:, :C])
+            weight = torch.empty(64 * C + 8, dtype=torch.int8)[8:].view(64, C)
+            layer.load_state_dict({**layer.state_dict(), "weight": weight.copy_(layer.weight)}, assign=True)
+            assert close(layer(x), expected, 0.02)
+        assert len(calls) == 3 * is_used
     # weights in a file, where this program and where another one puts them
     ids = torch.tensor([[1, 2, 3]])
     model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], quantize="int8")
@@ -819,6 +876,9 @@ def test_int4_on_other_processors(capability):
         torch.manual_seed(0)
         layer, x = persimmon.Int4Linear(torch.nn.Linear(256, 100), 64), torch.randn(2, 256)
         with torch.no_grad():
+            y = layer(x)
+            layer.load_state_dict(persimmon.Int4Linear(torch.nn.Linear(256, 100), 64).state_dict())
+            assert layer.packed is None and (layer(x) - y).abs().max() > 0.1
             y = layer(x)
             persimmon.kernel = lambda name: None
             assert (layer(x) - y).abs().max() < 1e-5, (layer(x) - y).abs().max()
@@ -877,6 +937,12 @@ def test_quantization_refuses(folders, tmp_path):
         quantize_model(model, "int8")
     quantized = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], quantize="int8")
     quantized.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), pytest.warns(UserWarning, match="has no classifier"):
+        expected = quantized.model(ids).last_hidden_state
+        assert torch.equal(PersimmonModel.from_pretrained(tmp_path)(ids).last_hidden_state, expected)
+        classifier = PersimmonForSequenceClassification.from_pretrained(tmp_path)
+        assert torch.equal(classifier.model(ids).last_hidden_state, expected)
     state = load_file(tmp_path / "model.safetensors")
     for dtype in (torch.float32, torch.uint8):
         state["lm_head.weight"] = state["lm_head.weight"].to(dtype)
@@ -1482,7 +1548,8 @@ def test_the_context_limit(small):
     ("arguments", "message"),
     [({"max_new_tokens": 0}, "max_new_tokens = 0 is out of range"), ({"temperature": -1.0}, "temperature = -1.0"),
      ({"temperature": math.nan}, "temperature = nan"), ({"top_p": 1.5}, "top_p = 1.5"), ({"top_k": -1}, "top_k = -1"),
-     ({"min_p": 2}, "min_p = 2"), ({"repetition_penalty": 0}, "repetition_penalty = 0"), ({"seed": -1}, "seed = -1"),
+     ({"min_p": 2}, "min_p = 2"), ({"repetition_penalty": 0}, "repetition_penalty = 0"),
+     ({"repetition_penalty": math.inf}, "repetition_penalty = inf"), ({"seed": -1}, "seed = -1"),
      ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "a token at least"),
      ({"input_ids": torch.tensor([[1, 97]])}, "ids from 1 to 97: the model's vocabulary has 97"),
      ({"input_ids": torch.tensor([[-1, 9]])}, "ids from -1"),
@@ -1492,6 +1559,15 @@ def test_the_context_limit(small):
 def test_generate_refuses(small, arguments, message):
     with pytest.raises(ValueError, match=message):
         next(generate(small, **{"input_ids": torch.tensor([[1, 2, 3]]), **arguments}))
+
+
+def test_ids_of_other_kinds(small):
+    ids = torch.tensor([[1, 2, 3]])
+    expected = small.generate(ids, max_new_tokens=6)
+    assert torch.equal(small.generate(ids.to(torch.int16), max_new_tokens=6), expected)
+    third = expected[0, 5]  # a tensor
+    at = (expected[0, 3:] == third).nonzero()[0, 0]
+    assert small.generate(ids, max_new_tokens=6, stop_ids=[third]).shape[1] == 4 + at
 
 
 def test_model_generate_lengths(small):
@@ -1612,6 +1688,14 @@ def test_no_torn_character_is_shown(tokenizers):
     pieces = [decoder.push(i) for i in ids]
     assert "\ufffd" not in "".join(pieces) and "".join(pieces) == "日🙂é fox"
     assert pieces.count("") >= 2 + 3  # the bytes before the last one of 日 and of 🙂
+
+
+def test_a_prompt_of_replacement_characters(tokenizers):
+    """What looks like a torn character is none, and is not said again."""
+    tokenizer, _ = tokenizers["spaces kept"]
+    decoder = StreamDecoder(tokenizer, tokenizer.encode("fox \ufffd\ufffd", add_bos=False))
+    assert decoder.pending == []
+    assert "".join(map(decoder.push, tokenizer.encode("日", add_bos=False))).strip() == "日"
 
 
 def test_tokenizer_files(tmp_path):
@@ -2048,6 +2132,17 @@ def make_source(kind: str, folder: Path, weights: dict, vocabulary: bytes) -> li
 KINDS = ["tar", "unpacked", "pt", "hub 1", "hub 3", "safetensors"]
 
 
+def rewritten_pickle(file: Path, weights: dict, compression: int = zipfile.ZIP_STORED, big: bool = False) -> Path:
+    """Adept's pickle, in an archive that another program has laid out."""
+    torch.save(release_pickle(weights), file)
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, b"big" if big and name.endswith("/byteorder") else content)
+    return file
+
+
 def converted(*arguments: str | Path) -> int:
     return convert.main([str(argument) for argument in arguments])
 
@@ -2156,6 +2251,47 @@ def test_convert_refuses(tmp_path, weights, vocabulary, capsys, monkeypatch):
     refused("without its tokenizer", tmp_path / "text.pt", out)
     (tmp_path / "v").write_bytes(vocabulary)
     refused("damaged or no checkpoint", tmp_path / "text.pt", out, "--tokenizer", tmp_path / "v")
+    for name, change, message in (
+        ("zipped", {"compression": zipfile.ZIP_DEFLATED}, "is compressed: write it anew with torch.save"),
+        ("other", {}, "elsewhere than torch would write them"), ("big", {"big": True}, "numbers in big-endian order"),
+    ):  # fmt: skip
+        refused(message, rewritten_pickle(tmp_path / f"{name}.pt", weights, **change), out, "--tokenizer", tmp_path / "v")
+    folder = hub_folder(tmp_path / "hub", weights, vocabulary, 1)
+    circle: dict = {}
+    circle["a"] = circle
+    negated = torch._neg_view(weights["lm_head.weight"])
+    for content, message in ((5, "holds no dict of tensors"), (circle, "dicts in dicts without end"),
+                             ({"lm_head.weight": negated}, "lm_head.weight with its numbers in another order or form")):
+        torch.save(content, folder / "pytorch_model.bin")
+        refused(message, folder, out)
+    for content in ("{}", "[1]", '{"weight_map": 5}', '{"weight_map": {"a": 1}}', "{nope"):
+        (folder / "pytorch_model.bin.index.json").write_text(content)
+        refused("pytorch_model.bin.index.json (has no weight_map|has to hold|is not valid)", folder, out)
+    for names in ("5", "[5]", '"PersimmonForCausalLM"', '["PersimmonConfig"]'):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": json.loads(names)}))
+        refused("names the architectures .* of which none is known here", folder, out)
+    for changes in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"rotary_emb_base": None}):
+        refused("which is not a number above 0", tar("args", release_pickle(weights, changes)), out)
+    with gzip.open(tmp_path / "release.tar.gz", "wb") as file:
+        file.write(good.read_bytes())
+    refused("release.tar.gz is compressed, cut off or damaged", tmp_path / "release.tar.gz", out)
+    (tmp_path / "bad.model").write_bytes(b"hello")
+    refused("bad.model is damaged or no SentencePiece model", good, out, "--tokenizer", tmp_path / "bad.model")
+    # the source, and what is not a leftover, stay where they are
+    shutil.copytree(TINY, tmp_path / "x.unfinished" / "source")
+    shutil.copytree(TINY, tmp_path / "x.replaced")
+    refused("x.unfinished, which is OUTPUT or made on the way to it, is or holds", tmp_path / "x.unfinished/source", tmp_path / "x")
+    refused("x.unfinished is in the way", TINY, tmp_path / "x")
+    shutil.rmtree(tmp_path / "x.unfinished")
+    refused("x.replaced, which is OUTPUT or", tmp_path / "x.replaced", tmp_path / "x")
+    (tmp_path / "link").symlink_to(tmp_path / "x.replaced")
+    refused("is or holds the source", tmp_path / "link", tmp_path / "x.replaced", "--force")
+    refused("is or holds the source", tmp_path / "x.replaced", tmp_path / "link", "--force")
+    refused("can't be made", TINY, "/")
+    assert converted(TINY, tmp_path / "link", "--force") == 0  # to where it leads
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "link.replaced").exists()
+    capsys.readouterr()
     refused("is not one of Adept's releases", good, out, "--verify")
     refused("no file .*config.json", tmp_path, out)
     refused("OUTPUT .* is or holds the source", good, tmp_path)
@@ -2478,6 +2614,9 @@ def test_command_line_options():
     ("arguments", "message"),
     [(["--model", "/nowhere"], "there is no folder /nowhere"), (["--temp", "-1"], "--temp -1.0 is out of range"),
      (["--temp", "hot"], "--temp: invalid float value: 'hot'"), (["--what"], "unrecognized arguments: --what"),
+     (["--num-samples", "9" * 12], "--num-samples 999999999999 is out of range: it goes from 1 to 100000"),
+     (["--threads", "2147483648"], "--threads 2147483648 is out of range"),
+     (["--bench", "--random", "8b:" + "9" * 5000], "is no shape: give 8b, or 8b:L"),
      (["-n", "0"], "--max-tokens 0 is out of range"), (["--top-p", "2", "--chat"], "--top-p 2.0 is out of range"),
      (["--num-samples", "0"], "--num-samples"), (["--threads", "0"], "--threads"), (["--dtype", "int8"], "--dtype"),
      (["--device", "abacus"], "--device abacus is not available on this machine"), (["", "--no-bos"], "with a token at least"),
@@ -2612,6 +2751,32 @@ def test_command_line_ctrl_c_and_closed_pipe():
     assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
 
 
+@pytest.mark.parametrize("script, arguments, closed, code, error", [
+    ("sample.py", "hi -n 3 --quiet", "<&-", 0, ""), ("sample.py", "hi -n 3", "2>&-", 0, ""),
+    ("sample.py", "- -n 3", "<&-", 2, "sample.py: error: stdin is closed\n"),
+    ("sample.py", "hi -n 3", ">&-", 2, "sample.py: error: stdout is closed\n"),
+    ("convert.py", "tiny {out}", "2>&-", 0, ""), ("convert.py", "nothing {out}", "2>&-", 2, ""),
+])  # fmt: skip
+def test_command_line_with_closed_streams(tmp_path, script, arguments, closed, code, error):
+    arguments = arguments.format(out=tmp_path / "out")
+    result = subprocess.run(["sh", "-c", f'exec "$0" {script} {arguments} {closed}', sys.executable],
+                            cwd=HERE, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (result.returncode, result.stderr) == (code, error)
+    assert (tmp_path / "out").exists() == (code == 0 and script == "convert.py")
+
+
+def test_convert_ctrl_c_at_any_moment(tmp_path):
+    """While torch is imported, too."""
+    for seconds in (0.8, 1.5):
+        command = [sys.executable, HERE / "convert.py", TINY, tmp_path / "out", "--force", "--shard-size", "50KB"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode in (0, 130, -signal.SIGINT) and error == b"", error
+        assert not (tmp_path / "out.unfinished").exists()
+
+
 def test_command_line_stop_texts():
     options = ["--seed", "3", "-n", "80", "--quiet", "--dtype", "float32", "--ignore-eos"]
     free = sample_py(*options).stdout.decode().removesuffix("\n")
@@ -2626,7 +2791,7 @@ def test_command_line_stop_texts():
 def test_command_line_files_json_and_logprobs(tmp_path):
     model, tokenizer = PersimmonForCausalLM.from_pretrained(TINY, "float32"), Tokenizer(TINY)
     (tmp_path / "one").write_text("JULIET:\n\n")
-    (tmp_path / "many").write_text('"JULIET:\\n"\n\nTo be, or not\n{"no": "string"}\n')
+    (tmp_path / "many").write_bytes(b'"JULIET:\\n"\n\r\nTo be, or not\r\n{"no": "string"}\n')
     greedy = ["--temp", "0", "-n", "9", "--quiet", "--dtype", "float32"]
     (one,) = map(json.loads, sample_py("--file", tmp_path / "one", "--json", *greedy).stdout.splitlines())
     many = [json.loads(line) for line in sample_py("--batch", tmp_path / "many", "--json", *greedy).stdout.splitlines()]
