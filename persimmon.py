@@ -933,12 +933,13 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The text that is certain once `token` is known, often a word, sometimes nothing."""
         self.pending.append(token)
-        decoder, processor, data = codecs.getincrementaldecoder("utf-8")("replace"), self.tokenizer.processor, b""
+        processor, end = self.tokenizer.processor, b""  # the last bytes: of a torn character there are three at most
         for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
             is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
-            data = data + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
-        decoder.decode(data)
-        is_torn = decoder.getstate()[0] != b""  # the first bytes of a character
+            end = end + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(end)
+        is_torn = decoder.getstate()[0] != b""  # what waits for more bytes
         return "" if is_torn else self.finish()
 
     def finish(self) -> str:
@@ -1238,8 +1239,9 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
-        parts = [x @ self.weight[start:stop].to(x.dtype).t() for start, stop in self.blocks]
-        return torch.cat(parts, dim=-1) * self.scale.to(x.dtype)
+        small = x / 128  # or sums of x times up to 127 overflow in float16; a power of two rounds nothing
+        parts = [small @ self.weight[start:stop].to(x.dtype).t() for start, stop in self.blocks]
+        return torch.cat(parts, dim=-1) * (self.scale.to(x.dtype) * 128)
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""

@@ -738,6 +738,19 @@ def test_quantizing_small_float16(cls, group_size):
 
 
 @pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
+def test_quantized_layers_do_not_overflow(cls, group_size):
+    """In float16 numbers end at 65504: what is summed has to be of the size of the result."""
+    linear = torch.nn.Linear(4096, 64, bias=False)
+    linear.weight.data.abs_()
+    x = torch.rand(100, 4096) * 20
+    layer, expected = cls(linear.half(), group_size), linear.double()(x.double())
+    assert 300 < expected.min()
+    for rows in (2, 100):
+        with torch.no_grad():
+            assert (layer(x[:rows].half()).double() / expected[:rows] - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("cls", "group_size"), QUANTIZED)
 def test_quantized_layers_take_any_layout_and_new_weights(cls, group_size):
     torch.manual_seed(0)
     layer, other = (cls(torch.nn.Linear(128, 64).bfloat16(), group_size) for _ in range(2))
