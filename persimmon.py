@@ -1231,11 +1231,13 @@ class Int8Linear(QuantizedLinear):
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (O, C) -> weight int8 (O, C) and scale (O)."""
-        scale = weight.abs().amax(1) / 127  # rounded to the weight's dtype before it is used, in float16 perhaps a lot
+        least, most = weight.aminmax(dim=1)
+        scale = torch.maximum(-least, most) / 127  # rounded to the weight's dtype, in float16 perhaps a lot
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a row of zeros
-        parts = [(w / s[:, None]).round().clamp(-127, 127).to(torch.int8)
-                 for w, s in zip(weight.split(128), scale.float().split(128))]
-        return {"weight": torch.cat(parts), "scale": scale}
+        number = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for part, w, s in zip(number.split(128), weight.split(128), scale.float().split(128)):
+            part.copy_((w / s[:, None]).round_().clamp_(-127, 127))
+        return {"weight": number, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
