@@ -13,12 +13,14 @@ Shapes. One letter is one axis, here and in every comment below:
     B  batch                           H  attention heads                    C  hidden size, C = H*D
     T  positions that are new          D  head size                          F  feed-forward size, 4*C in the 8B
     S  positions cached before, + T    R  part of D that RoPE rotates        L  layers
-    N  positions a cache has room for                                        V  vocabulary
+    N  positions a cache has room for  P  positions in a block of keys       V  vocabulary
+
+(A single matrix, of whatever layer, has O outputs and C inputs.)
 
 What is odd about Persimmon, and easy to miss (below, "the original" is persimmon-ai-labs/adept-inference on GitHub):
 
- 1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D]. Every shape still
-    fits when they are read the other way, and the text is noise.
+ 1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D]. Read in the other
+    order, every shape still fits, and the model writes noise.
  2. Queries and keys pass a LayerNorm over D, with weight and bias, before RoPE; the heads of a layer share it.
  3. RoPE turns only the first R = D/2 of a head, pairing dimension i with i + R/2 (not 2i with 2i + 1), theta 25000.
  4. The activation is relu(x)**2. It outgrows float16 in training: fine-tune in bfloat16.
@@ -54,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _require(condition: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless the condition holds."""
+    """Raise ValueError(sentence) unless the condition holds. The sentence is made either way: that must not fail."""
     if not condition:
         raise ValueError(sentence)
 
@@ -118,12 +120,12 @@ class PersimmonConfig:
             key, value, kind = f"config key {field.name}", getattr(self, field.name), field.type.removesuffix(" | None")
             if value is None and kind != field.type:
                 continue
-            is_right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
+            is_right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")  # True is an int
             _require(is_right, f"{key} = {value!r} is not of type {kind}")
             if field.name.endswith("_dropout"):
                 _require(0 <= value <= 1, f"{key} = {value} is not a probability from 0 to 1")
             elif kind in ("int", "float") and not field.name.endswith("token_id"):
-                _require(0 < value < 2**28, f"{key} = {value} is not a number from 0 to 2**28")
+                _require(0 < value < 2**28, f"{key} = {value} has to be above 0 and below 2**28")
         _require(self.hidden_size % self.num_attention_heads == 0, f"config key hidden_size = {self.hidden_size} is no "
                  f"multiple of num_attention_heads = {self.num_attention_heads}")
         _require(0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
@@ -166,11 +168,9 @@ class PersimmonConfig:
         quantization = raw.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == "persimmon.py":
             values |= {"quantization_config": None, **{k: quantization.get(k) for k in ("quantize", "group_size")}}
-        if isinstance(values["dtype"], str):
-            values["dtype"] = values["dtype"].removeprefix("torch.")
         if isinstance(values.get("id2label"), dict):
             values["num_labels"] = len(values["id2label"])
-        # A key that is absent or null has its default, save for those where null says that there is none.
+        # A key that is absent or null takes its default, unless null is a value itself: there is no such token.
         config = cls(**{f.name: values[f.name] for f in fields(cls)
                         if values.get(f.name) is not None or (f.name in values and f.type.endswith("None"))})
         required = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
@@ -227,12 +227,12 @@ class KVCache:
     """Keys and values of the positions seen so far, so that each forward pass computes only the new ones.
 
     Room for N positions is allocated at once, 2*L*B*N*C numbers (576 KiB a position for the 8B in 16 bit), and never
-    grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number as a tensor
-    on the device, for what must not wait for Python. The model advances both, once a forward pass. For inference only:
-    it is written in place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
+    grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number on the
+    device, where kernels read it. The model advances both, once a forward pass. For inference only: it is written in
+    place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
 
-    On a CPU in 16 bit, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and N, where it is more
-    than a `block`, is rounded up to a multiple: see cpu_attention. `keys` shows them in the order of the values.
+    On a CPU in 16 bit, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and an N above `block`
+    is rounded up to a multiple of it: see cpu_attention. `keys` shows them in the order of the values.
     """
 
     block = 256  # positions
@@ -292,7 +292,7 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """x W^T + b. A single row x on a CPU takes the derivative of embedding_bag: an output is a dot product of a row."""
+    """x W^T + b. For a single row x on a CPU, the dot products with the rows of W are those of a gradient."""
 
     large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
 
@@ -302,19 +302,19 @@ class Linear(nn.Linear):
         is_row = is_row and x.dtype == self.weight.dtype  # not so under autocast
         if is_row and self.weight.nbytes >= self.large:
             O = self.out_features
-            rows = torch.arange(O, dtype=torch.int32)  # (O)
-            bags = torch.zeros_like(rows)  # (O), all in the first bag, which has x as its gradient
+            rows = torch.arange(O, dtype=torch.int32, device=x.device)  # (O)
+            bags = torch.zeros_like(rows)  # (O), the bag of each row: all are in bag 0, whose gradient is x
             dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-            y = dots(x.view(1, -1), self.weight, rows, bags[:1], bags, 0)
+            y = dots(x.view(1, -1), self.weight, rows, bags[:1], bags, 0)  # where bags start: 0; mode 0, a sum
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """For x (..., F): columns of what is not zero, row after row, the values, and where bags of them start, (B, bags).
+    """For x (..., F): the columns of its nonzeros, row after row; their values; and where their bags start, (B, bags).
 
-    None where x has more than so many rows B, or more than limit*F numbers that are not zero, is not on a CPU, or has
-    a gradient; and in torch.compile, for which the number of zeros would be part of a shape.
+    None where x has more than `rows` rows or limit*F nonzeros, off the CPU, while gradients are enabled, and in
+    torch.compile, for which the count would be part of a shape.
     """
     F = x.shape[-1]
     B = x.numel() // F
@@ -325,7 +325,7 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
         return None
     bags = 4 * torch.get_num_threads()  # for each row: cores share the work by the bag
     count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
-    start = count.cumsum(0) - count + count * torch.arange(bags) // bags  # (B, bags)
+    start = count.cumsum(0) - count + count * torch.arange(bags, device=x.device) // bags  # (B, bags)
     return column.int(), x.reshape(B, F)[row, column], start.int()  # int32 is quicker in embedding_bag
 
 
@@ -339,8 +339,7 @@ class SparseLinear(Linear):
     def transpose(self) -> None:
         """Lay a large weight out in memory as (F, C). The parameter is a view of it with the usual shape (C, F)."""
         if self.weight.nbytes >= self.large:
-            self.weight.data = torch.empty_like(self.weight.t(), memory_format=torch.contiguous_format).copy_(
-                self.weight.data.t()).t()
+            self.weight.data = self.weight.data.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
@@ -364,14 +363,14 @@ def cpu_attention(q: Tensor, keys: Tensor, values: Tensor, S: int, mask: Tensor 
     """
     B, H, N, D = keys.shape
     P = min(N, KVCache.block)
-    M = -(-S // P)  # blocks of P positions, the last one perhaps with some that are beyond S
+    blocks = -(-S // P)  # the last one perhaps with positions beyond S
     table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
-    steps = partial(torch.arange, dtype=torch.int32)  # quicker than int64
-    row = steps(B * H * D).view(B * H, 1, D) * (N // P) + steps(M)[:, None]  # (B*H, M, D)
-    factor = q.view(B * H, 1, D).expand_as(row)  # (B*H, M, D)
+    steps = partial(torch.arange, dtype=torch.int32, device=q.device)  # int32 is quicker than int64
+    row = steps(B * H * D).view(B * H, 1, D) * (N // P) + steps(blocks)[:, None]  # (B*H, blocks, D)
+    factor = q.view(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
     score = nn.functional.embedding_bag(
-        row.view(-1, D), table, mode="sum", per_sample_weights=factor.reshape(-1, D))  # (B*H*M, P)
-    score = score.view(B, H, M * P)[:, :, :S].float() * D**-0.5  # (B, H, S)
+        row.view(-1, D), table, mode="sum", per_sample_weights=factor.reshape(-1, D))  # (B*H*blocks, P)
+    score = score.view(B, H, blocks * P)[:, :, :S].float() * D**-0.5  # (B, H, S)
     if mask is not None:
         score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
     p = score.softmax(-1).to(q.dtype).view(B * H, S)  # (B*H, S)
@@ -537,10 +536,10 @@ class PersimmonPreTrainedModel(nn.Module):
         On the CPU, in the file's own dtype, weights are memory-mapped: pages are read on first use, and training never
         changes the file. With `sparse`, those of large SparseLinear layers, a quarter of all, are not: they are
         transposed into memory. quantize = "int8" or "int4" (with groups of group_size inputs) quantizes 16-bit weights,
-        one matrix after the other; a folder of quantized ones needs no such word. dtype "auto" is config.json's, else
-        the file's; device None is the CPU. progress is called with the fraction that is done. changes replace
-        values of config.json, as in num_labels=3. A classifier that is loaded from a language model's folder gets a new
-        head, with a warning.
+        one matrix after the other; a folder that is quantized already needs no such argument. dtype "auto" is
+        config.json's, else the file's; device None is the CPU. progress is called with the fraction that is done.
+        changes replace values of config.json, as in num_labels=3. A classifier that is loaded from a language model's
+        folder gets a new head, with a warning.
 
         Raises FileNotFoundError for what is not there, and ValueError, naming file and tensor, for a file that is
         damaged, or whose tensors are not exactly the model's (but for the exceptions that `load` lists).
@@ -642,7 +641,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """The prompts input_ids (B, T) and what follows them, (B, T + new tokens), the token that stops included.
 
         Rows that stop early are filled up with pad_token_id (else eos_token_id). max_length, in tokens, counts the
-        prompt with its padding; without either limit it is 200 new tokens. Options and errors: see `generate` below.
+        prompt with its padding; without either limit, 200 new tokens are generated. For options and errors see
+        `generate` below.
         """
         _require(max_new_tokens is None or max_length is None, "give max_new_tokens or max_length, and not both")
         if max_length is not None:
@@ -679,7 +679,7 @@ class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
         self.model = PersimmonModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)  # not Linear, so never quantized
         self.init_weights(self.score)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -710,7 +710,7 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
         self.model = PersimmonModel(config)
         p = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(p)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # not Linear, so never quantized
         self.init_weights(self.score)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -766,6 +766,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     """PersimmonPreTrainedModel.from_pretrained, described there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is loaded from a folder on this machine")
+    device, progress = device or "cpu", progress or (lambda fraction: None)
     config = replace(PersimmonConfig.from_pretrained(folder), **changes)
     with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights, uncopied
         model = cls(replace(config, quantize=None))
@@ -792,7 +793,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
              f"config.json ({len(extra)} unexpected in all)")
 
     target = _as_dtype(dtype) if dtype != "auto" else _as_dtype(config.dtype) if config.dtype else None
-    is_on_cpu = torch.device(device or "cpu").type == "cpu"
+    is_on_cpu = torch.device(device).type == "cpu"
     to_transpose = [m for m in model.modules() if isinstance(m, SparseLinear)] if sparse and is_on_cpu else []
     opened = {file: _open(file) for file in set(files.values())}
     state = {}
@@ -805,9 +806,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         _require(tensor.is_floating_point() == is_float and (is_float or tensor.dtype == empty.dtype),
                  f"{file} has the tensor {name} as {tensor.dtype}: config.json makes it {empty.dtype}")
         target = target or (tensor.dtype if is_float else None)
-        state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
-        if progress is not None:
-            progress(len(state) / (len(stored) + len(to_transpose)))
+        state[own_name] = tensor.to(device, target if is_float else tensor.dtype)
+        progress(len(state) / (len(stored) + len(to_transpose)))
     for name in head:
         state[name] = torch.zeros(own[name][1].shape, dtype=target, device=device)
         if name.endswith("weight"):
@@ -815,17 +815,16 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     model.load_state_dict(state, assign=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for done, _ in enumerate(pool.map(SparseLinear.transpose, to_transpose), start=len(stored) + 1):
-            if progress is not None:
-                progress(done / (len(stored) + len(to_transpose)))
+            progress(done / (len(stored) + len(to_transpose)))
     return model.eval()
 
 
 def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """What a safetensors file has before the numbers of these tensors, (name, dtype, shape), in this order and no gaps.
+    """What stands in front of the numbers in a safetensors file of these tensors, (name, dtype, shape), in this order.
 
     That is the length of the rest, in 8 bytes, and a JSON object (https://github.com/huggingface/safetensors#format),
     padded so that a map of the file can be used as it is: PyTorch's int8 kernel crashes where weights do not begin at a
-    multiple of 16 bytes, and the library's own writer sees to 8.
+    multiple of 16 bytes, and the library's own writer aligns to 8 only.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -865,7 +864,7 @@ class Tokenizer:
     """SentencePiece (unigram, bytes for what it has no piece for) and the `|ENDOFTEXT|` that Persimmon puts in front.
 
     `path` is a model's folder with tokenizer.model, or such a file (`adept_vocab.model` in Adept's release). Whether
-    `|ENDOFTEXT|` is put in front is add_bos_token of the tokenizer_config.json beside it, and yes where that is silent.
+    `|ENDOFTEXT|` is put in front is add_bos_token of the tokenizer_config.json beside it; by default it is.
 
     Raises FileNotFoundError, and ValueError for a file that is not SentencePiece's or has no token to end a text with.
     """
@@ -895,7 +894,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of a text, `|ENDOFTEXT|` in front if add_bos, which by default is what tokenizer_config.json says."""
-        _require(text.isascii() or not re.search("[\ud800-\udfff]", text), "the text is not valid Unicode")
+        _require(not re.search("[\ud800-\udfff]", text), "the text is not valid Unicode")
         add_bos = self.add_bos if add_bos is None else add_bos
         return [self.end_of_text] * add_bos + self.processor.encode(text)
 
@@ -920,7 +919,7 @@ class StreamDecoder:
 
     Decoding each id alone would lose spaces and tear characters apart: SentencePiece drops the space in front of the
     first word, so it matters what came before (`prompt_ids`, whose text is not repeated), and a character that has no
-    piece is up to four byte pieces, which mean something together only.
+    piece is up to four byte pieces, which only together mean something.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
@@ -944,24 +943,21 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """The rest, with U+FFFD for bytes that never became a character."""
-        text = self._pending_text()
-        if not self.tokenizer.decode(self.context):
-            # Once there is a first text, all that matters of it is that it was there: any will do as the context.
+        before = self.tokenizer.decode(self.context)
+        text = self.tokenizer.decode(self.context + self.pending)[len(before) :]
+        if not before:
+            # Only the first text loses its leading space; after it, any text will do as the context.
             self.context = [self.tokenizer.processor.unk_id()] if text else self.context + self.pending
         self.pending = []
         return text
-
-    def _pending_text(self) -> str:
-        """What the pending ids add to the text of the context."""
-        return self.tokenizer.decode(self.context + self.pending)[len(self.tokenizer.decode(self.context)) :]
 
 
 def chat_prompt(turns: Sequence[str]) -> str:
     """What the chat model continues with its answer: turns are human, adept, human, ..., the last one a human's.
 
-    Format: footnote 1 of Adept's README. Raises ValueError where the last word is not the human's.
+    Format: footnote 1 of Adept's README. Raises ValueError unless the last turn is the human's.
     """
-    _require(len(turns) % 2 == 1, f"a chat prompt ends with the human's turn, and turn {len(turns)} is adept's")
+    _require(len(turns) % 2 == 1, f"a chat prompt ends with a human's turn: turns are odd in number, not {len(turns)}")
     return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:" for n, turn in enumerate(turns))
 
 
@@ -969,8 +965,8 @@ def chat_prompt(turns: Sequence[str]) -> str:
 
 
 def ranked(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Logits (B, V) and their ids, the largest first, of equal ones the lowest id first; or, of that, only a beginning
-    that has all that the filters keep.
+    """Logits (B, V) and their ids, the largest first, equal ones by id; or only the first of them, where the filters
+    keep no others.
 
     On a CPU, to sort 262,144 numbers takes 30 ms; to find the 1024 largest of them, mostly enough, takes one. From a
     GPU, Python would have to wait to know whether they are enough.
@@ -1011,7 +1007,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if top_p < 1:
             p = logits.exp() / total
-            is_outside = p.cumsum(-1) - p >= top_p  # by the tokens before this one
+            is_outside = p.cumsum(-1) - p >= top_p  # the tokens before this one reach it already
             is_outside[:, 0] = False
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
@@ -1123,7 +1119,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
-    mask = torch.cat((mask, mask.new_ones(B, steps)), dim=1)  # (B, T + steps)
+    mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1)  # (B, T + steps - 1), for the last token is not read
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
     reasons: list[str | None] = [None] * B
@@ -1138,7 +1134,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, the others over one position
         for step in range(1, steps + 1):
             if compile and step == 2:
-                forward = compiled_step(model, cache, mask)
+                forward = compiled_step(model, cache, mask if is_padded or cache.fused is None else None)
             logits = forward(ids)[:, 0].float()  # (B, V)
             logprobs = logits.log_softmax(-1)  # (B, V)
             if repetition_penalty != 1:
@@ -1170,12 +1166,15 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 # speed. Every Linear but a classifier's head is replaced; the embedding, of which a pass reads one row a token, norms
 # and biases stay as they are. Stored, readable with numpy (O outputs, C inputs, groups of g = group_size inputs):
 #
-#   int8  weight int8 (O, C), scale (O)         W[o, c] = scale[o] * weight[o, c]
-#   int4  weight uint8 (O/64, C, 32), with O    byte [n, c, j] holds the numbers 0 ... 15 of outputs 64*n + j (low half)
-#         rounded up to a multiple of 64        and 64*n + 32 + j (high half), as PyTorch's AVX-512 kernel reads them
-#         scale (C/g, O, 2)                     W[o, c] = scale[c//g, o, 0] * (number - 8) + scale[c//g, o, 1]
-#   dense_4h_to_h has F inputs, C outputs, in   row f holds C bytes, a float32 scale and a float32 offset
-#   both: weight uint8 (F, C + 8)               W[c, f] = scale * byte + offset; most of these rows are not read
+#   int8  weight int8 (O, C), scale (O):
+#             W[o, c] = scale[o] * weight[o, c]
+#   int4  weight uint8 (O/64, C, 32), scale (C/g, O, 2), O rounded up to a multiple of 64. Byte [n, c, j] holds the
+#         numbers, 0 ... 15, of outputs 64*n + j (low half) and 64*n + 32 + j (high half), the order in which PyTorch's
+#         AVX-512 kernel reads them:
+#             W[o, c] = scale[c//g, o, 0] * (number - 8) + scale[c//g, o, 1]
+#   both  dense_4h_to_h: weight uint8 (F, C + 8). Row f, of which most are not read for a token, holds C bytes, a
+#         float32 scale and a float32 offset:
+#             W[c, f] = scale * byte + offset
 
 
 class QuantizedLinear(nn.Module):
@@ -1213,8 +1212,8 @@ class QuantizedLinear(nn.Module):
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
-def kernel(name: str) -> Callable[..., Tensor] | None:
-    """One of PyTorch's private operators, like "aten._weight_int8pack_mm"; None, and a warning, where it is gone."""
+def private_operator(name: str) -> Callable[..., Tensor] | None:
+    """One of PyTorch's, like "aten._weight_int8pack_mm"; None, and a warning, where it is gone."""
     namespace, _, operator = name.partition(".")
     found = getattr(getattr(torch.ops, namespace), operator, None)
     if found is None:
@@ -1247,15 +1246,15 @@ class Int8Linear(QuantizedLinear):
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
-        product = kernel("aten._weight_int8pack_mm")
-        if product is None or self.in_features % 16 != 0:
+        operator = private_operator("aten._weight_int8pack_mm")
+        if operator is None or self.in_features % 16 != 0:
             return None
         # It takes 16 numbers at a time, without a look, and crashes where they don't lie as the processor wants them.
         if self.weight.data_ptr() % 16 != 0:  # mapped from a file that another program wrote
             self.weight = self.weight.clone()
         rows = x.reshape(-1, self.in_features).contiguous()
         rows = rows if rows.data_ptr() % 32 == 0 else rows.clone()
-        return product(rows, self.weight, self.scale.to(x.dtype)).view(*x.shape[:-1], -1)
+        return operator(rows, self.weight, self.scale.to(x.dtype)).view(*x.shape[:-1], -1)
 
 
 class Int4Linear(QuantizedLinear):
@@ -1287,8 +1286,8 @@ class Int4Linear(QuantizedLinear):
     def quantized_groups(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (64, C/g, g) -> numbers 0 ... 15 as uint8 (64, C/g, g) and scale (64, C/g, 2).
 
-        Small squared errors are sought by starting from the whole range of a group and from 0.9 of it, and twice
-        fitting a straight line through (number, weight), which gives a better scale and offset. The best one counts.
+        To make the squared error small, start from the whole range of a group and from 0.9 of it, and from each fit
+        a straight line through (number, weight) twice. The best of the six scales and offsets is kept.
         """
         w = weight.float()
         least, most = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
@@ -1332,18 +1331,19 @@ class Int4Linear(QuantizedLinear):
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
-        product, pack = kernel("aten._weight_int4pack_mm_for_cpu"), kernel("aten._convert_weight_to_int4pack_for_cpu")
-        if product is None or pack is None:
+        operator = private_operator("aten._weight_int4pack_mm_for_cpu")
+        pack = private_operator("aten._convert_weight_to_int4pack_for_cpu")
+        if operator is None or pack is None:
             return None
-        if self.packed is None:  # without AVX-512 the kernel wants another order: that is a copy then
-            sample = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
-            halves = sample.to(torch.uint8).view(2, 2, 32, 64)
-            is_own_order = torch.equal(pack(sample, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
+        if self.packed is None:  # without AVX-512 another order is wanted: pack a probe to see, and then keep a copy
+            probe = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
+            halves = probe.to(torch.uint8).view(2, 2, 32, 64)
+            is_own_order = torch.equal(pack(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
             self.packed = self.weight
             if not is_own_order:
                 self.packed = pack(self.numbers(0, len(self.weight) * 64).t().to(torch.int32).contiguous(), 1)
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = product(rows, self.packed.view(-1, self.in_features // 2), self.group_size, self.scale.to(x.dtype))
+        y = operator(rows, self.packed.view(-1, self.in_features // 2), self.group_size, self.scale.to(x.dtype))
         return y[:, : self.out_features].view(*x.shape[:-1], -1)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -1384,11 +1384,12 @@ class Int8SparseLinear(QuantizedLinear):
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., F) -> (..., C)"""
-        product, bags = kernel("quantized.embedding_bag_byte_rowwise_offsets"), nonzero_bags(x, self.few, 6)
-        if product is None or bags is None:
+        operator = private_operator("quantized.embedding_bag_byte_rowwise_offsets")
+        bags = nonzero_bags(x, self.few, 6)
+        if operator is None or bags is None:
             return None
         column, value, start = bags
-        y = product(self.weight, column, start.flatten(), mode=0, per_sample_weights=value.float())
+        y = operator(self.weight, column, start.flatten(), mode=0, per_sample_weights=value.float())
         return y.view(*x.shape[:-1], start.shape[1], -1).sum(-2)
 
 
@@ -1402,9 +1403,9 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     _require(model.config.quantize is None, f"the model is quantized already, in {model.config.quantize}")
     config = replace(model.config, quantize=kind, group_size=group_size)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    dense = Int8Linear if kind == "int8" else Int4Linear
     for done, (name, linear) in enumerate(linears, start=1):
-        kinds = {"int8": Int8Linear, "int4": Int4Linear}
-        cls = Int8SparseLinear if isinstance(linear, SparseLinear) else kinds[kind]
+        cls = Int8SparseLinear if isinstance(linear, SparseLinear) else dense
         parent, _, child = name.rpartition(".")
         try:
             setattr(model.get_submodule(parent), child, cls(linear, group_size))
@@ -1412,7 +1413,9 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
             raise ValueError(f"{name}: {error}") from None
         if progress is not None:
             progress(done / len(linears))
-    model.config = config
+    for part in model.modules():
+        if isinstance(part, PersimmonPreTrainedModel):
+            part.config = config
     return model
 
 
@@ -1422,8 +1425,8 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
 class FixedShapes(KVCache):
     """A view of a KVCache for torch.compile, where no shape may change: S is always N, all that there is room for.
 
-    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them; whoever
-    calls advances the cache. This is for the kernel of section 12, which reads no more than it has to. Attention
+    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them; the
+    caller advances the cache. This is for the kernel of section 12, which reads no more than it has to. Attention
     without it reads, and copies, all N positions.
     """
 
@@ -1444,23 +1447,23 @@ class FixedShapes(KVCache):
         return self.keys[layer], self.values[layer]
 
     def advance(self, T: int) -> None:
-        """Nothing: what a CUDA graph changes is bound to a place in memory, and the number is Python's anyway."""
+        """Do nothing: a CUDA graph would not replay a change of Python's `length`."""
 
 
-def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> Callable[[Tensor], Tensor]:
+def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
     At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
     these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache, and starts
-    all of it at once. mask is the attention_mask (B, S) of all positions that there may be.
+    all of it at once. mask is the attention_mask (B, S) of all positions that there may be; None is for the
+    kernel alone, which knows by itself where the cache ends, and is quicker without a mask.
     """
-    B, N = cache.keys.shape[1], cache.keys.shape[3]
-    whole_mask = mask.new_zeros(B, N)  # (B, N)
-    whole_mask[:, : mask.shape[1]] = mask[:, :N]
+    N = cache.keys.shape[3]
+    whole_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))  # (B, N)
     fixed = FixedShapes(cache)
-    for block in (cache.keys, cache.values):
-        torch._dynamo.mark_static_address(block, guard=False)  # a CUDA graph writes to it where it is
-        block[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
+    for memory in (cache.keys, cache.values):
+        torch._dynamo.mark_static_address(memory, guard=False)  # a CUDA graph writes to it where it is
+        memory[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
     forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def step(ids: Tensor) -> Tensor:
@@ -1477,12 +1480,12 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor) -> 
 #
 # A GPU reads weights so fast that, for one token, starting twenty small kernels a layer can take longer. This is one
 # Triton kernel for all that lies between the QKV projection and the output of attention. Everything works without it:
-# to leave it out, delete this section, `fused` in KVCache and in FixedShapes, and the branch of Attention.forward.
+# to leave it out, delete this section and the import of lru_cache, `fused` in KVCache and in FixedShapes, and the
+# branch of Attention.forward.
 
 
-@lru_cache
 def attention_kernel() -> Any | None:
-    """The kernel, in float32 save for what it multiplies or stores, q, k, v and p; None without triton 3.4 or newer.
+    """The kernel; None without triton 3.4 or newer. It computes in float32, but q, k, v and p keep the model's dtype.
 
     The programs of a launch share the work by blocks of queries, by heads, and by `splits` parts of the keys. Each
     takes its queries q (M, D) past its keys k and values v (P, D), block by block, with the online softmax (Milakov and
@@ -1543,9 +1546,9 @@ def attention_kernel() -> Any | None:
     def attend(qkv, q_weight, q_bias, k_weight, k_bias, eps, cos, sin, rope_stride, mask, mask_stride, mask_width,
                keys, values, position, out, lse, B, T, N,
                H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-        """Program (i, b*H + h, split): the i-th M queries of head h in row b, and a part of the keys. Strides are those
+        """Program (b*H + h, i, split): the i-th M queries of head h in row b, and a part of the keys. Strides are those
         of the batch, mask_width is S; out is (splits, B, T, H, D), and lse, m + log l, the same without D."""
-        b, h, split = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(2)
+        b, h, split = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(2)
         length = tl.load(position).to(tl.int32)
         dtype = qkv.dtype.element_ty
         qkv += (b * T * H + h) * 3 * D
@@ -1553,7 +1556,7 @@ def attention_kernel() -> Any | None:
         cos, sin = cos + b * rope_stride, sin + b * rope_stride
         keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
         d, block = tl.arange(0, D), tl.arange(0, P)
-        t = tl.program_id(0) * M + tl.arange(0, M)
+        t = tl.program_id(1) * M + tl.arange(0, M)
         is_query = t < T
         q = turned_head(qkv, q_weight, q_bias, eps, cos, sin, t, is_query, H, D, R).to(dtype)
         if split == 0:
@@ -1567,7 +1570,7 @@ def attention_kernel() -> Any | None:
         l = tl.zeros((M,), tl.float32)
         y = tl.zeros((M, D), tl.float32)
         mask_row = None if mask is None else mask + b * mask_stride + t[:, None] * mask_width
-        end = length + tl.minimum(tl.program_id(0) * M + M, T)  # no query of this program looks further
+        end = length + tl.minimum(tl.program_id(1) * M + M, T)  # no query of this program looks further
         part = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), P) * P
         start, end = split * part, tl.minimum(split * part + part, end)
         old_end = tl.minimum(end, length)
@@ -1602,8 +1605,8 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
     their eps; cos and sin of rope_tables; mask of causal_mask; one layer of a cache, keys and values (B, H, N, D), and
     its position; splits. It writes the cache and returns out and lse as the kernel makes them.
     """
-    kernel = attention_kernel()
-    if kernel is None:
+    attend = attention_kernel()
+    if attend is None:
         return None
 
     def empty(qkv: Tensor, keys: Tensor, splits: int) -> tuple[Tensor, Tensor]:
@@ -1621,15 +1624,16 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
         rope_stride = 0 if len(cos) == 1 else cos[0].numel()
         mask_stride, width = (0, 0) if mask is None else (mask[0].numel() * (len(mask) > 1), mask.shape[3])
         with torch.cuda.device_of(qkv):
-            kernel[-(-T // M), B * H, splits](
+            attend[B * H, -(-T // M), splits](
                 qkv, *(norms or [None] * 4), eps, cos, sin, rope_stride, mask, mask_stride, width, keys, values,
-                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P)
+                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P, enable_fp_fusion=True)
         return out, lse
 
     schema = ("(Tensor qkv, Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, "
               "Tensor(b!) values, Tensor position, int splits) -> (Tensor, Tensor)")
     name = f"{__name__.replace('.', '_')}::attention"  # there may be copies of this file in a process
-    operator = torch.library.custom_op(name, launch, mutates_args=("keys", "values"), schema=schema)
+    operator = torch.library.custom_op(  # flexible_layout, or cos, sin and mask are copied for each layer
+        name, launch, mutates_args=("keys", "values"), schema=schema, tags=(torch.Tag.flexible_layout,))
     operator.register_fake(lambda qkv, norms, eps, cos, sin, mask, keys, values, position, splits:
                            empty(qkv, keys, splits))
     # Without torch.compile the function itself: through the operator each call takes 40 microseconds more
@@ -1647,7 +1651,7 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
                     device: torch.device | str) -> Callable[..., Tensor] | None:
     """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
 
-    The keys are split so that there are four programs, or more, for each of the GPU's cores.
+    The keys are split so that each of the GPU's cores has up to four programs, which then run at the same time.
     """
     operator = attention_operator() if torch.device(device).type == "cuda" else None
     if operator is None or config.head_dim not in (16, 32, 64, 128):
@@ -1660,4 +1664,4 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
         warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's", stacklevel=3)
         return None
     cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return partial(split_attention, operator, -(-4 * cores // (batch_size * config.num_attention_heads)))
+    return partial(split_attention, operator, max(1, 4 * cores // (batch_size * config.num_attention_heads)))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -679,7 +680,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = str(error).partition("\n")[0]
             print(f"sample.py: error: --compile does not work here, leave it out: {reason}", file=sys.stderr)
             return 2
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         print("sample.py: error: out of memory: try a smaller --ctx-size, --max-tokens or --num-samples, or another "
               "--dtype", file=sys.stderr)
