@@ -163,6 +163,7 @@ def pair(request, models, monkeypatch):
 def use_one_token_products(monkeypatch) -> None:
     """However small the matrices and the cache are."""
     monkeypatch.setattr(Linear, "large", 0)
+    monkeypatch.setattr(Linear, "quicker_in", (torch.float32, torch.bfloat16, torch.float16))
     monkeypatch.setattr(KVCache, "block", 8)
     monkeypatch.setattr(KVCache, "transposed_from", {torch.float32: 0, torch.bfloat16: 0})
 
@@ -566,9 +567,10 @@ def test_linear_for_one_row(reads, bias, dtype):
         assert reads["dots"] == count
     reads.clear()
     layer(torch.randn(1, 24).to(dtype)).sum().backward()
-    Linear.large = layer.weight.nbytes + 1
-    with torch.no_grad():
-        layer(torch.randn(1, 24).to(dtype))
+    others = tuple({torch.float32, torch.bfloat16, torch.float16} - {dtype})
+    for Linear.large, Linear.quicker_in in ((layer.weight.nbytes + 1, (dtype,)), (0, others)):
+        with torch.no_grad():
+            layer(torch.randn(1, 24).to(dtype))
     assert not reads
 
 
@@ -1417,7 +1419,7 @@ def test_shape_comments(small, monkeypatch):
         heads = c.num_attention_heads, c.head_dim
         monkeypatch.setattr(persimmon, "fused_attention", lambda *_: partial(split_attention, lambda qkv, *_: (
             torch.ones(6, *qkv.shape[:2], *heads), torch.zeros(6, *qkv.shape[:2], heads[0])), 6))
-        list(generate(small, ids, max_new_tokens=5, compile=True))
+        list(generate(small, ids, mask, max_new_tokens=5, compile=True))
 
     sys.settrace(tracer)
     try:
