@@ -47,6 +47,7 @@ from persimmon import (
     safetensors_header,
     tensor_files,
 )
+from persimmon import _require as require
 
 PIECE = 1 << 26  # bytes that are copied at once
 MD5 = {  # of Adept's two releases, from their README
@@ -72,43 +73,32 @@ RENAMED = {
     "word_embeddings_for_head.": "lm_head.",
     ".self_attention.": ".self_attn.",
 }
+# Names in Adept's args -> in config.json. The last three are of training, and may be absent.
+ARGS = {
+    "padded_vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "layer_norm_eps",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "hidden_dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "init_method_std": "initializer_range",
+}
 UNUSED = range(3, 70003)  # ids that stand for image patches and occur in no text
-
-
-def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
-    return dtype.itemsize * math.prod(shape)
-
-
-class Stored(NamedTuple):
-    """A tensor in a file: which bytes of a map of the file, and how to look at them."""
-
-    file: Tensor  # (bytes of the file), uint8
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, still in the file."""
-        data = self.file[self.offset : self.offset + nbytes(self.dtype, self.shape)]
-        is_aligned = self.offset % self.dtype.itemsize == 0
-        return (data if is_aligned else data.clone()).view(self.dtype).view(self.shape)
 
 
 class Source(NamedTuple):
     """What is to be converted, with transformers' names."""
 
     kind: str
-    tensors: dict[str, Stored]
+    tensors: dict[str, Tensor]  # mapped from the files: nothing is read yet
     config: PersimmonConfig
     architecture: str
     files: dict[str, bytes]  # name -> contents: tokenizer.model, perhaps tokenizer_config.json, ...
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless the condition holds."""
-    if not condition:
-        raise ValueError(sentence)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ def member_offsets(file: BinaryIO, where: str) -> set[int]:
 
 
 def read_pickle(path: Path, file: BinaryIO, start: int) -> dict[str, Any]:
-    """The dict in a torch.save file that begins at byte `start` of `path`, with a Stored for each tensor.
+    """The dict in a torch.save file that begins at byte `start` of `path`, its tensors mapped from there.
 
     `file` is the opened file from there on. Raises ValueError where torch can't read it safely. Under fake tensors,
     torch.load makes shapes without numbers, and notes where in the file each storage begins: by a rule, which is why
@@ -179,12 +169,13 @@ def read_pickle(path: Path, file: BinaryIO, start: int) -> dict[str, Any]:
         is_plain = value.layout == torch.strided and value.is_contiguous() and not (value.is_neg() or value.is_conj())
         require(is_plain, f"{here} has the tensor {name} with its numbers in another order or form")
         at = value.untyped_storage()._checkpoint_offset
-        require(at in offsets, f"{here} has the numbers of {name} elsewhere than torch would write them: read it with "
+        is_torchs = at in offsets and at % value.dtype.itemsize == 0
+        require(is_torchs, f"{here} has the numbers of {name} elsewhere than torch would write them: read it with "
                 "torch.load and write it anew with torch.save")
         offset = start + at + value.storage_offset() * value.dtype.itemsize
-        end = offset + nbytes(value.dtype, value.shape)
-        require(end <= len(mapped), f"{here} is cut off: the tensor {name} reaches past its end")
-        return Stored(mapped, offset, value.dtype, tuple(value.shape))
+        data = mapped[offset : offset + value.nbytes]
+        require(len(data) == value.nbytes, f"{here} is cut off: the tensor {name} reaches past its end")
+        return data.view(value.dtype).view(value.shape)
 
     require(isinstance(loaded, dict), f"{here} holds no dict of tensors")
     try:
@@ -218,33 +209,22 @@ def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
     for name, value in flat(checkpoint["model"]):
         if is_ignored(name):
             continue
-        require(isinstance(value, Stored), f"{where} has {name} in its model, which is no tensor")
+        require(isinstance(value, Tensor), f"{where} has {name} in its model, which is no tensor")
         for old, new in RENAMED.items():
             name = name.replace(old, new)
         require(name not in tensors, f"{where} has two tensors for {name}")
         tensors[name] = value
 
-    def arg(name: str, *default: Any) -> Any:
-        require(bool(default) or hasattr(args, name), f"{where} has no args.{name}")
-        return getattr(args, name, *default)
-
-    for name in ("hidden_size", "num_attention_heads", "rotary_emb_base"):
-        is_number = isinstance(arg(name), (int, float)) and arg(name) > 0
-        require(is_number, f"{where} has args.{name} = {arg(name)!r}, which is not a number above 0")
+    missing = {*list(ARGS)[:-3], "qk_layernorm"} - vars(args).keys()
+    require(not missing, f"{where} has no args.{min(missing, default='')}")
+    values = {new: getattr(args, old) for old, new in ARGS.items() if hasattr(args, old)}
+    config = PersimmonConfig(**values, qk_layernorm=args.qk_layernorm != "none")
     for name, only in (("tensor_model_parallel_size", (1,)), ("pipeline_model_parallel_size", (1,)),
                        ("sq_relu", (True,)), ("untie_embeddings", (True,)), ("pos_emb", ("rotary",)),
-                       ("kv_channels", (None, arg("hidden_size") // arg("num_attention_heads"))),
-                       ("qk_layernorm", ("none", "weights_per_layer"))):
-        require(arg(name, only[0]) in only, f"{where} has args.{name} = {arg(name, None)!r}, which is not supported: "
+                       ("kv_channels", (None, config.head_dim)), ("qk_layernorm", ("none", "weights_per_layer"))):
+        value = getattr(args, name, only[0])
+        require(value in only, f"{where} has args.{name} = {value!r}, which is not supported: "
                 f"{' or '.join(map(repr, only))} is")
-    config = PersimmonConfig(
-        vocab_size=arg("padded_vocab_size"), hidden_size=arg("hidden_size"), intermediate_size=arg("ffn_hidden_size"),
-        num_hidden_layers=arg("num_layers"), num_attention_heads=arg("num_attention_heads"),
-        max_position_embeddings=arg("max_position_embeddings"), hidden_dropout=arg("hidden_dropout", 0.0),
-        attention_dropout=arg("attention_dropout", 0.0), layer_norm_eps=arg("layernorm_epsilon"),
-        initializer_range=arg("init_method_std", 0.02), rope_theta=float(arg("rotary_emb_base")),
-        partial_rotary_factor=arg("rotary_pct"), qk_layernorm=arg("qk_layernorm") != "none",
-    )
     return Source("Adept's release", tensors, config, "PersimmonForCausalLM", {"tokenizer.model": tokenizer})
 
 
@@ -292,19 +272,18 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
 
     config = PersimmonConfig.from_pretrained(path)
     require(config.quantize is None, f"{path} is quantized, in {config.quantize}: start from weights in 16 or 32 bit")
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    architectures = raw.get("architectures") or ["PersimmonForCausalLM"]
+    architectures = persimmon._read_json(path / "config.json").get("architectures") or ["PersimmonForCausalLM"]
     known = [cls.__name__ for cls in PersimmonPreTrainedModel.__subclasses__()]
     require(isinstance(architectures, list) and architectures[0] in known,
             f"{path}/config.json names the architectures {architectures}, of which none is known here")
     architecture = architectures[0]
-    names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
     files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     if tokenizer is not None:
         files["tokenizer.model"] = tokenizer.read_bytes()
     require("tokenizer.model" in files, f"{path} has no tokenizer.model: name one with --tokenizer")
     if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-        return Source("safetensors", dict(read_safetensors(path)), config, architecture, files)
+        return Source("safetensors", read_safetensors(path), config, architecture, files)
 
     index = path / "pytorch_model.bin.index.json"
     where = persimmon._read_json(index).get("weight_map") if index.is_file() else {}
@@ -319,26 +298,20 @@ def read_source(path: Path, tokenizer: Path | None) -> Source:
                 require(not where or where.get(name) == shard, f"{index} does not place {name} in {shard}")
                 require(name not in tensors, f"{path} has the tensor {name} twice")
                 if not is_ignored(name):
-                    require(isinstance(value, Stored), f"{path / shard} has {name}, which is no tensor")
+                    require(isinstance(value, Tensor), f"{path / shard} has {name}, which is no tensor")
                     tensors[name] = value
     missing = {name for name in where if not is_ignored(name)} - tensors.keys()
     require(not missing, f"{index} places {min(missing, default='')} in a file that has no such tensor")
     return Source("hub", tensors, config, architecture, files)
 
 
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Stored]]:
-    """Name and place of each tensor in a folder of safetensors."""
-    by_name = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder of safetensors."""
+    tensors = {}
     for path in sorted(set(tensor_files(folder).values())):
-        with persimmon._open(path):  # is it whole?
-            mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        length = int.from_bytes(mapped[:8].numpy().tobytes(), "little")
-        for name, entry in json.loads(mapped[8 : 8 + length].numpy().tobytes()).items():
-            if name == "__metadata__" or is_ignored(name):
-                continue
-            require(entry["dtype"] in by_name, f"{path} has {name} as {entry['dtype']}, no dtype of weights")
-            at = 8 + length + entry["data_offsets"][0]
-            yield name, Stored(mapped, at, by_name[entry["dtype"]], tuple(entry["shape"]))
+        with persimmon._open(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if not is_ignored(name)}
+    return tensors
 
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
@@ -432,9 +405,8 @@ def is_finite(numbers: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def pieces_of(name: str, stored: Stored, dtype: torch.dtype, rows: Sequence[range] | None) -> Iterator[memoryview]:
+def pieces_of(name: str, tensor: Tensor, dtype: torch.dtype, rows: Sequence[range] | None) -> Iterator[memoryview]:
     """The bytes of a tensor in another dtype, some rows at a time; ValueError for a number that is not finite."""
-    tensor = stored.read()
     step = max(1, PIECE // (4 * tensor[0].numel()))
     for block in rows or [range(len(tensor))]:
         for at in range(block.start, block.stop, step):
@@ -449,7 +421,7 @@ class Planned(NamedTuple):
     """A tensor to be written."""
 
     name: str
-    stored: Stored
+    source: Tensor
     dtype: torch.dtype
     shape: tuple[int, ...]
     rows: Sequence[range] | None  # of the source, where not all are wanted
@@ -458,7 +430,7 @@ class Planned(NamedTuple):
     @property
     def nbytes(self) -> int:
         """In the output."""
-        return nbytes(self.dtype, self.shape)
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str, int]:
@@ -471,7 +443,7 @@ def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str
         out.write(safetensors_header((item.name, item.dtype, item.shape) for item in plan))
         for item in plan:
             if item.quantized is None:
-                pieces = pieces_of(item.name, item.stored, item.dtype, item.rows)
+                pieces = pieces_of(item.name, item.source, item.dtype, item.rows)
             else:
                 made = made if item.name in made else item.quantized()
                 pieces = [memoryview(made.pop(item.name).view(torch.uint8).numpy()).cast("B")]
@@ -488,15 +460,14 @@ def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str
 
 def check_folder(folder: Path, plan: list[Planned], sums: dict[str, int], progress: Progress) -> None:
     """Read everything back; ValueError where shape, dtype or checksum is not what was meant."""
-    written = dict(read_safetensors(folder))
+    written = read_safetensors(folder)
     require(written.keys() == {item.name for item in plan}, f"{folder} does not hold the tensors that were written")
     for item in plan:
         found, checksum = written[item.name], 0
-        require((found.dtype, found.shape) == (item.dtype, item.shape), f"{item.name} was not written as it should be")
-        end = found.offset + item.nbytes
-        for at in range(found.offset, end, PIECE):
-            piece = memoryview(found.file[at : min(at + PIECE, end)].numpy())
-            checksum = zlib.crc32(piece, checksum)
+        is_same = (found.dtype, tuple(found.shape)) == (item.dtype, item.shape)
+        require(is_same, f"{item.name} was not written as it should be")
+        for piece in found.flatten().view(torch.uint8).split(PIECE):
+            checksum = zlib.crc32(piece.numpy(), checksum)
             progress.add(len(piece))
         require(checksum == sums[item.name], f"{item.name} reads back differently than written: is the disk sound?")
 
@@ -509,12 +480,12 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
     with torch.device("meta"):
         model = getattr(persimmon, source.architecture)(config)
     own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name, stored in source.tensors.items():
+    for name, tensor in source.tensors.items():
         require(name in own, f"the source has the tensor {name}, which no {source.architecture} of this config has")
-        shape = own[name]
-        require(stored.shape == shape, f"the source has {name} in shape {stored.shape}: its config makes it {shape}")
-        require(stored.dtype in SAFETENSORS_DTYPES and stored.dtype.is_floating_point,
-                f"the source has {name} as {stored.dtype}, which is not a dtype of weights")
+        found, shape = tuple(tensor.shape), own[name]
+        require(found == shape, f"the source has {name} in shape {found}: its config makes it {shape}")
+        require(tensor.dtype in SAFETENSORS_DTYPES and tensor.is_floating_point(),
+                f"the source has {name} as {tensor.dtype}, which is not a dtype of weights")
     try:
         SentencePieceProcessor(model_proto=vocabulary)
     except RuntimeError:
@@ -535,16 +506,16 @@ def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned]
         config = replace(config, vocab_size=config.vocab_size - len(UNUSED), pad_token_id=pad)
     plan = []
     for name, shape in own.items():
-        stored = source.tensors[name]
-        dtype = stored.dtype if args.dtype == "keep" else getattr(torch, args.dtype)
+        tensor = source.tensors[name]
+        dtype = tensor.dtype if args.dtype == "keep" else getattr(torch, args.dtype)
         cut = rows if name in ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight") else None
-        plan.append(Planned(name, stored, dtype, (config.vocab_size, *shape[1:]) if cut else shape, cut))
+        plan.append(Planned(name, tensor, dtype, (config.vocab_size, *shape[1:]) if cut else shape, cut))
     return plan, replace(config, dtype=str(plan[0].dtype).removeprefix("torch.")), vocabulary
 
 
 def quantized(prefix: str, empty: QuantizedLinear, item: Planned) -> dict[str, Tensor]:
     """The tensors, by name, that are stored for one matrix, `item`; the layer `empty` has them without values."""
-    weight = item.stored.read()
+    weight = item.source
     if item.rows is not None:
         weight = torch.cat([weight[rows.start : rows.stop] for rows in item.rows])
     linear = nn.Linear(empty.in_features, empty.out_features, bias=False, device="meta")
@@ -579,9 +550,10 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
                  shard_size: int) -> tuple[float, float]:
     """Write and read back everything; seconds for each."""
     (folder / "tokenizer.model").write_bytes(vocabulary)
-    end = Tokenizer(folder / "tokenizer.model").end_of_text
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    end = tokenizer.end_of_text
     config = replace(config, bos_token_id=end, eos_token_id=end)
-    piece = Tokenizer(folder / "tokenizer.model").processor.id_to_piece(end)
+    piece = tokenizer.processor.id_to_piece(end)
     settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": piece, "eos_token": None,
                 "unk_token": "<unk>", "model_max_length": config.max_position_embeddings,
                 "tokenizer_class": "LlamaTokenizer"}
@@ -593,8 +565,7 @@ def write_folder(folder: Path, source: Source, plan: list[Planned], config: Pers
     }
     for name, content in made.items():
         text = json.dumps(content, indent=2).encode() + b"\n"
-        keeps = name in source.files and name.startswith(("tokenizer", "special"))
-        (folder / name).write_bytes(source.files[name] if keeps else text)
+        (folder / name).write_bytes(source.files.get(name, text))
 
     shards: list[list[Planned]] = [[]]
     for item in plan:

@@ -2224,6 +2224,14 @@ def test_convert(tmp_path, weights, vocabulary, kind, capsys):
     assert sample_script.main(["--model", str(tmp_path / "out"), "fox", "-n", "3", "--quiet", "--device", "cpu"]) == 0
 
 
+def test_convert_without_args_of_training(tmp_path, weights, vocabulary):
+    changes = dict.fromkeys(("hidden_dropout", "attention_dropout", "init_method_std"), "absent")
+    tar = release_tar(tmp_path / "release.tar", release_pickle(weights, changes), vocabulary)
+    assert converted(tar, tmp_path / "out") == 0
+    config = PersimmonConfig.from_pretrained(tmp_path / "out")
+    assert (config.hidden_dropout, config.attention_dropout, config.initializer_range) == (0.0, 0.0, 0.02)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"qk_layernorm": "weights_per_attention_head_and_layer"}, "args.qk_layernorm = 'weights_per_attention_head_and_layer'"),
@@ -2316,7 +2324,7 @@ def test_convert_refuses(tmp_path, weights, vocabulary, capsys, monkeypatch):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": json.loads(names)}))
         refused("names the architectures .* of which none is known here", folder, out)
     for changes in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"rotary_emb_base": None}):
-        refused("which is not a number above 0", tar("args", release_pickle(weights, changes)), out)
+        refused("config key .* (is not of type|has to be above 0)", tar("args", release_pickle(weights, changes)), out)
     with gzip.open(tmp_path / "release.tar.gz", "wb") as file:
         file.write(good.read_bytes())
     refused("release.tar.gz is compressed, cut off or damaged", tmp_path / "release.tar.gz", out)
