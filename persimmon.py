@@ -295,7 +295,7 @@ class Linear(nn.Linear):
     """x W^T + b. For a single row x on a CPU, the dot products with the rows of W are those of a gradient."""
 
     large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
-    quicker_in = (torch.bfloat16,)  # in float32 and float16, too, F.linear is quicker
+    quicker_in = (torch.bfloat16,)  # in float32 and float16 F.linear is quicker, whatever the size
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
@@ -1457,7 +1457,7 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | No
     At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
     these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache, and starts
     all of it at once. mask is the attention_mask (B, S) of all positions that there may be; None is for the
-    kernel alone, which knows by itself where the cache ends, and is quicker without a mask.
+    kernel alone, which knows by itself where the cache ends.
     """
     N = cache.keys.shape[3]
     whole_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))  # (B, N)
@@ -1481,8 +1481,8 @@ def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | No
 #
 # A GPU reads weights so fast that, for one token, starting twenty small kernels a layer can take longer. This is one
 # Triton kernel for all that lies between the QKV projection and the output of attention. Everything works without it:
-# to leave it out, delete this section and the import of lru_cache, `fused` in KVCache and in FixedShapes, and the
-# branch of Attention.forward.
+# to leave it out, delete this section and the import of lru_cache, `fused` in KVCache, FixedShapes and `generate`, and
+# the branch of Attention.forward.
 
 
 def attention_kernel() -> Any | None:
@@ -1627,7 +1627,8 @@ def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
         with torch.cuda.device_of(qkv):
             attend[B * H, -(-T // M), splits](
                 qkv, *(norms or [None] * 4), eps, cos, sin, rope_stride, mask, mask_stride, width, keys, values,
-                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P, enable_fp_fusion=True)
+                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P,
+                enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
         return out, lse
 
     schema = ("(Tensor qkv, Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, "
@@ -1652,7 +1653,7 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
                     device: torch.device | str) -> Callable[..., Tensor] | None:
     """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
 
-    The keys are split so that each of the GPU's cores has up to four programs, which then run at the same time.
+    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time.
     """
     operator = attention_operator() if torch.device(device).type == "cuda" else None
     if operator is None or config.head_dim not in (16, 32, 64, 128):
