@@ -1785,8 +1785,9 @@ def test_tokenizer_batches(tokenizers, small):
 def test_chat_prompt():
     assert chat_prompt(["Hi, there"]) == "human: Hi, there\n\nadept:"
     assert chat_prompt(["a", " b ", "c"]) == "human: a\n\nadept: b\n\nhuman: c\n\nadept:"
-    with pytest.raises(ValueError, match="turn 2 is adept's"):
-        chat_prompt(["a", "b"])
+    for turns in (["a", "b"], []):
+        with pytest.raises(ValueError, match=f"ends with a human's turn: turns are odd in number, not {len(turns)}"):
+            chat_prompt(turns)
 
 
 # --- config, loading, saving -----------------------------------------------------------------------------------------
