@@ -2722,20 +2722,25 @@ def test_bench():
 
 
 def test_bench_measures_what_is_settled_and_goes_on_when_memory_is_out(monkeypatch, capsys):
+    clock = 0.0
+
     def steps(model, ids, max_new_tokens, **_):
+        nonlocal clock
         if len(ids) == 3:
             raise torch.OutOfMemoryError
         for n in range(max_new_tokens):
-            time.sleep(0.4 * (n == 1))  # as if that were compiled
+            clock += 10.0 if n == 1 else 0.5  # as if that were compiled
             yield n
 
     monkeypatch.setattr(persimmon, "generate", steps)
+    monkeypatch.setattr(sample_script, "machine_speed", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
     arguments = ("--bench", "--device", "cpu", "-r", "1", "--n-prompt", "20", "--n-depth", "0", "--batch-size", "1,3,2")
     assert sample_script.main(arguments) == 0
     out, error = capsys.readouterr()
     rows = {line.split("|")[6].strip(): float(line.split("|")[7].split()[0]) for line in out.splitlines() if "tiny" in line}
     assert list(rows) == ["pp20", "tg64 @ 0", "pp20 x 2", "tg64 @ 0 x 2"]
-    assert rows["tg64 @ 0"] > 1000 and "pp20 x 3 left out: out of memory" in error
+    assert list(rows.values()) == [40.0, 2.0, 80.0, 4.0] and "pp20 x 3 left out: out of memory" in error
 
 
 def test_command_line_compile(tmp_path, monkeypatch, capsys):
@@ -2747,12 +2752,31 @@ def test_command_line_compile(tmp_path, monkeypatch, capsys):
     out, error = capsys.readouterr()
     half = len(out) // 2
     assert out[:half] == out[half:] and compiled == ["reduce-overhead"]
-    assert len(re.findall(r"generated +9 tokens +\d\d", error)) == 2
+    assert error.count("generated      9 tokens") == 2
     environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "sample.py", "FLAVIUS:", "-n", "2", "--device", "cpu", "--compile"]
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: --compile does not work here, leave it out: " in result.stderr
+
+
+def test_speed_is_that_of_settled_steps(monkeypatch, capsys):
+    """The first is the prompt's; with --compile the second and the third are slow once, and do not count either."""
+    clock = 0.0
+
+    def steps(*_, **__):
+        nonlocal clock
+        for seconds in (1.0, 10.0, 10.0, 0.5, 0.5, 0.5, 0.5):
+            clock += seconds
+            yield persimmon.Step([71], [0.0], [None])
+
+    monkeypatch.setattr(persimmon, "generate", steps)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    for options, speed in ((["--compile"], 2.0), ([], 6 / 22)):
+        assert sample_script.main(["hi", "--json", "--quiet", "--device", "cpu", *options]) == 0
+        figures = json.loads(capsys.readouterr().out)["figures"]
+        assert figures["tokens"] == 7 and figures["seconds_to_first_token"] == 1.0
+        assert figures["tokens_per_second"] == pytest.approx(speed, abs=0.005)
 
 
 def test_which_errors_mean_that_memory_is_out(monkeypatch, capsys):
