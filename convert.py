@@ -690,6 +690,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # closed: errors have nowhere to go
     args = parser.parse_args(argv)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: Ctrl-C can be orderly
         return run(args)
     except KeyboardInterrupt:
         return 130
@@ -699,5 +700,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
