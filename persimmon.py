@@ -321,13 +321,14 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
     B = x.numel() // F
     if B > rows or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    row, column = x.reshape(B, F).nonzero(as_tuple=True)
-    if len(row) > limit * F:
+    x = x.flatten()  # (B*F)
+    place = (x != 0).nonzero()[:, 0].int()  # int32 is quicker in embedding_bag
+    if len(place) > limit * F:
         return None
-    bags = 4 * torch.get_num_threads()  # for each row: cores share the work by the bag
-    count = torch.bincount(row, minlength=B)[:, None]  # (B, 1)
-    start = count.cumsum(0) - count + count * torch.arange(bags, device=x.device) // bags  # (B, bags)
-    return column.int(), x.reshape(B, F)[row, column], start.int()  # int32 is quicker in embedding_bag
+    bags = 4 * torch.get_num_threads()  # for each row, equal parts of its columns: cores share the work by the bag
+    edge = torch.arange(B * bags, device=x.device) * F // bags  # (B*bags), where among the B*F a bag begins
+    start = torch.searchsorted(place, edge.int(), out_int32=True)  # (B*bags)
+    return place % F, x[place], start.view(B, bags)
 
 
 class SparseLinear(Linear):
@@ -1333,10 +1334,12 @@ class Int4Linear(QuantizedLinear):
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
         operator = private_operator("aten._weight_int4pack_mm_for_cpu")
-        pack = private_operator("aten._convert_weight_to_int4pack_for_cpu")
-        if operator is None or pack is None:
+        if operator is None:
             return None
         if self.packed is None:  # without AVX-512 another order is wanted: pack a probe to see, and then keep a copy
+            pack = private_operator("aten._convert_weight_to_int4pack_for_cpu")
+            if pack is None:
+                return None
             probe = torch.arange(128 * 64, dtype=torch.int32).view(128, 64) * 7 % 16
             halves = probe.to(torch.uint8).view(2, 2, 32, 64)
             is_own_order = torch.equal(pack(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
