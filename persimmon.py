@@ -1431,7 +1431,7 @@ class FixedShapes(KVCache):
 
     The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them; the
     caller advances the cache. This is for the kernel of section 12, which reads no more than it has to. Attention
-    without it reads, and copies, all N positions.
+    without it reads all N positions.
     """
 
     is_transposed = False
@@ -1446,8 +1446,9 @@ class FixedShapes(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's k and v of the new positions, (B, H, T, D); return all, (B, H, N, D)."""
         place = self.position + torch.arange(k.shape[2], device=k.device)  # (T)
-        self.keys[layer].index_copy_(2, place, k)
-        self.values[layer].index_copy_(2, place, v)
+        at = torch.full_like(place, layer)  # (T); in place of keys[layer], a view, of which Inductor makes copies
+        self.keys[at, :, :, place] = k.permute(2, 0, 1, 3)
+        self.values[at, :, :, place] = v.permute(2, 0, 1, 3)
         return self.keys[layer], self.values[layer]
 
     def advance(self, T: int) -> None:
@@ -1656,7 +1657,8 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
                     device: torch.device | str) -> Callable[..., Tensor] | None:
     """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
 
-    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time.
+    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time on a
+    H200, or two or three with a mask, for which a program needs more registers.
     """
     operator = attention_operator() if torch.device(device).type == "cuda" else None
     if operator is None or config.head_dim not in (16, 32, 64, 128):
