@@ -1446,7 +1446,7 @@ class FixedShapes(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's k and v of the new positions, (B, H, T, D); return all, (B, H, N, D)."""
         place = self.position + torch.arange(k.shape[2], device=k.device)  # (T)
-        at = torch.full_like(place, layer)  # (T); in place of keys[layer], a view, of which Inductor makes copies
+        at = torch.full_like(place, layer)  # (T); a write to the view keys[layer] makes Inductor copy the whole cache
         self.keys[at, :, :, place] = k.permute(2, 0, 1, 3)
         self.values[at, :, :, place] = v.permute(2, 0, 1, 3)
         return self.keys[layer], self.values[layer]
