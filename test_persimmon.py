@@ -2322,6 +2322,9 @@ def test_convert_refuses(tmp_path, weights, vocabulary, capsys, monkeypatch):
                              ({"lm_head.weight": negated}, "lm_head.weight with its numbers in another order or form")):
         torch.save(content, folder / "pytorch_model.bin")
         refused(message, folder, out)
+    with torch.utils.serialization.config.patch({"save.storage_alignment": 1}):
+        torch.save(weights, folder / "pytorch_model.bin")  # numbers that begin at odd places
+    refused("elsewhere than torch would write them", folder, out)
     for content in ("{}", "[1]", '{"weight_map": 5}', '{"weight_map": {"a": 1}}', "{nope"):
         (folder / "pytorch_model.bin.index.json").write_text(content)
         refused("pytorch_model.bin.index.json (has no weight_map|has to hold|is not valid)", folder, out)
