@@ -1657,8 +1657,8 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
                     device: torch.device | str) -> Callable[..., Tensor] | None:
     """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
 
-    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time on a
-    H200, or two or three with a mask, for which a program needs more registers.
+    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time,
+    fewer with a mask, for which a program needs more registers.
     """
     operator = attention_operator() if torch.device(device).type == "cuda" else None
     if operator is None or config.head_dim not in (16, 32, 64, 128):

@@ -614,7 +614,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"--device {device} is not available on this machine") from None
     is_shown, start = sys.stderr.isatty() and not args.quiet, time.monotonic()
 
