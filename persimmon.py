@@ -506,7 +506,12 @@ class PersimmonPreTrainedModel(nn.Module):
         self.config = config
 
     def init_weights(self, part: nn.Module) -> None:
-        """New weights in `part`: matrices normal, std initializer_range; biases 0; norms as they are."""
+        """New weights in `part`: matrices normal, std initializer_range; biases 0; norms as they are.
+
+        Not on the meta device: there is nothing to fill, and normal_ would import torch._dynamo and triton, for 1.3 s.
+        """
+        if next(part.parameters()).is_meta:
+            return
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -565,8 +570,9 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # padding_idx: no gradient reaches the row of the padding token
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        # padding_idx: no gradient reaches the row of the padding token. from_pretrained leaves the rest to init_weights.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.init_weights(self)

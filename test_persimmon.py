@@ -2842,6 +2842,12 @@ def test_command_line_with_a_damaged_folder(folder, kind):
     assert result.returncode == 2 and result.stdout == b"" and result.stderr.count(b"\n") == 1, result.stderr
 
 
+def test_command_line_does_not_import_compilers():
+    """PyTorch's and Triton's would double the time to the first token."""
+    code = "import sys, sample; sample.main(['-n', '3']); assert not {'torch._dynamo', 'triton'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, env=ON_CPU, check=True, timeout=120)
+
+
 def test_command_line_ctrl_c_and_closed_pipe():
     command = [sys.executable, HERE / "sample.py", "-n", "1000", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ON_CPU)
