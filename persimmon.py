@@ -223,6 +223,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- 3. The KV cache --------------------------------------------------------------------------------------------------
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has "amx_tile" (Intel's servers since 2023) or "avx512_bf16", as far as PyTorch knows."""
+    return getattr(torch.cpu, f"_is_{feature}_supported", bool)()
+
+
 class KVCache:
     """Keys and values of the positions seen so far, so that each forward pass computes only the new ones.
 
@@ -231,8 +236,8 @@ class KVCache:
     device, where kernels read it. The model advances both, once a forward pass. For inference only: it is written in
     place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
 
-    On a CPU in 16 bit, unless it is short, the keys lie transposed in memory, (L, B, H, D, N), and an N above `block`
-    is rounded up to a multiple of it: see cpu_attention. `keys` shows them in the order of the values.
+    On a CPU in 16 bit, unless it is short or AMX makes SDPA quick, the keys lie transposed in memory, (L, B, H, D, N),
+    and an N above `block` is rounded up to a multiple of it: see cpu_attention. `keys` shows them in the values' order.
     """
 
     block = 256  # positions
@@ -243,6 +248,7 @@ class KVCache:
         L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
         N, D = max_length, config.head_dim
         self.is_transposed = torch.device(device).type == "cpu" and H * N >= self.transposed_from.get(dtype, math.inf)
+        self.is_transposed &= not (dtype == torch.bfloat16 and cpu_has("amx_tile"))
         if self.is_transposed and N > self.block:
             N = -(-N // self.block) * self.block
         self.values = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
@@ -284,30 +290,49 @@ class KVCache:
 
 # --- 4. One token on a CPU --------------------------------------------------------------------------------------------
 #
-# Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights. On a CPU
-# in bfloat16, F.linear reads them at about half of the memory's speed (oneDNN reorders them first), and SDPA reads a
-# long cache at an eighth. What does read at full speed is embedding_bag, made for recommenders: the sum of some rows of
-# a table, each times a factor. So does its derivative by the factors: the dot product of each row with a vector. The
-# results are those of the plain operations up to rounding. Products whose gradients are wanted are the plain ones.
+# Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights, and the
+# best operator is the one that reads memory fastest. Which one that is depends on the processor:
+#
+#   with AMX        mv reads bfloat16 at full speed, F.linear at 0.8 of it (oneDNN reorders the weights first)
+#   AMD's Zen 4     F.linear reads at about half of the memory's speed, mv at a third. At full speed: embedding_bag, made
+#                   for recommenders, the sum of some rows of a table, each times a factor; or rather its derivative by
+#                   the factors, the dot product of each row with a vector
+#   others          F.linear
+#
+# Where only some rows count, and for attention without AMX, which SDPA reads at an eighth of the memory's speed, it is
+# embedding_bag on all of them. The results are those of the plain operations up to rounding. Products whose gradients
+# are wanted are the plain ones.
+
+
+def dot_products(weight: Tensor, x: Tensor) -> Tensor:
+    """W x, (O), for weight (O, C) and x (C), as the gradient of embedding_bag by its factors."""
+    O = len(weight)
+    rows = torch.arange(O, dtype=torch.int32, device=x.device)  # (O)
+    bags = torch.zeros_like(rows)  # (O), the bag of each row: all are in bag 0, whose gradient is x
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dots(x[None], weight, rows, bags[:1], bags, 0)  # where bags start: 0; mode 0, a sum
+
+
+def row_product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The quickest operator on this CPU for W x with a large matrix W in this dtype; None for F.linear."""
+    if cpu_has("amx_tile"):
+        return torch.mv if dtype == torch.bfloat16 else None
+    return dot_products if cpu_has("avx512_bf16") and dtype != torch.float16 else None
 
 
 class Linear(nn.Linear):
-    """x W^T + b. For a single row x on a CPU, the dot products with the rows of W are those of a gradient."""
+    """x W^T + b. For a single row x on a CPU, a large W is multiplied as row_product says."""
 
     large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
-    quicker_in = (torch.bfloat16, torch.float32)  # in float16 F.linear is quicker, whatever the size
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
-        is_row = x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
-        is_row = is_row and x.dtype == self.weight.dtype and x.dtype in self.quicker_in  # autocast has two dtypes
+        is_row = x.numel() == self.in_features and x.device.type == "cpu" and x.dtype == self.weight.dtype  # no autocast
         if is_row and self.weight.nbytes >= self.large:
-            O = self.out_features
-            rows = torch.arange(O, dtype=torch.int32, device=x.device)  # (O)
-            bags = torch.zeros_like(rows)  # (O), the bag of each row: all are in bag 0, whose gradient is x
-            dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-            y = dots(x.view(1, -1), self.weight, rows, bags[:1], bags, 0)  # where bags start: 0; mode 0, a sum
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+            product = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else row_product(x.dtype)
+            if product is not None:
+                y = product(self.weight, x.flatten())
+                return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -1191,7 +1216,8 @@ class QuantizedLinear(nn.Module):
     What the kinds below differ in is what they store and how they multiply:
 
         quantized(weight)  the tensors to store for weight (O, C); `empty` gives such tensors without values
-        few_rows(x)        x W^T by a kernel that reads W as it is stored; None where that does not work
+        few_rows(x)        x W^T by a kernel that reads W as it is stored; None where that does not work, or is slow: those
+                           for the first two kinds use the vector units in bfloat16 only
         product(x)         x W^T with W turned into plain numbers, block by block of outputs
 
     Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
@@ -1203,14 +1229,21 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
-        size = max(64, 2**22 // self.in_features // 64 * 64)  # outputs whose weights stay in the CPU's cache
-        starts = range(0, self.out_features, size)
-        self.blocks = [(start, min(start + size, self.out_features)) for start in starts]
         weight = linear.weight.detach()
         is_finite = weight.is_meta or all(map(math.isfinite, weight.aminmax()))
         _require(is_finite, "weights that are not finite can't be quantized")
         for name, tensor in (self.empty(weight) if weight.is_meta else self.quantized(weight)).items():
             self.register_buffer(name, tensor)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of outputs, from start to stop, and memory for their weights in this dtype, (stop - start, C): the same
+        for each, so that it stays in the CPU's cache."""
+        O, C = self.out_features, self.in_features
+        size = max(64, 2**22 // C // 64 * 64)  # outputs
+        memory = torch.empty(min(size, O) * C, dtype=dtype, device=self.weight.device)
+        for start in range(0, O, size):
+            stop = min(start + size, O)
+            yield start, stop, memory[: (stop - start) * C].view(stop - start, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
@@ -1249,13 +1282,13 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
         small = x / 128  # or sums of x times up to 127 overflow in float16; a power of two rounds nothing
-        parts = [small @ self.weight[start:stop].to(x.dtype).t() for start, stop in self.blocks]
+        parts = [small @ block.copy_(self.weight[start:stop]).t() for start, stop, block in self.blocks(x.dtype)]
         return torch.cat(parts, dim=-1) * (self.scale.to(x.dtype) * 128)
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
         operator = private_operator("aten._weight_int8pack_mm")
-        if operator is None or self.in_features % 16 != 0:
+        if operator is None or x.dtype != torch.bfloat16 or self.in_features % 16 != 0:
             return None
         # It takes 16 numbers at a time, without a look, and crashes where they don't lie as the processor wants them.
         if self.weight.data_ptr() % 16 != 0:  # mapped from a file that another program wrote
@@ -1268,7 +1301,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """4 bits, a scale and an offset for each group of inputs and each output."""
 
-    few = 80
+    few = 64
     packed: Tensor | None = None  # the weight as PyTorch's kernel on this machine wants it
 
     def empty(self, weight: Tensor) -> dict[str, Tensor]:
@@ -1325,22 +1358,24 @@ class Int4Linear(QuantizedLinear):
         """x (..., C) -> (..., O)"""
         scale, offset = self.scale[:, : self.out_features].to(x.dtype).permute(2, 0, 1).contiguous()  # (C/g, O)
         parts = []
-        for start, stop in self.blocks:
-            number = self.numbers(start, stop).view(torch.int8).sub_(8).to(x.dtype)  # (C, stop - start)
-            groups = number.unflatten(0, (-1, self.group_size)).mul_(scale[:, None, start:stop])  # (C/g, g, outputs)
+        for start, stop, block in self.blocks(x.dtype):
+            groups = block.view(-1, self.group_size, stop - start)  # (C/g, g, outputs)
+            groups.copy_(self.numbers(start, stop).view(groups.shape))
+            torch.addcmul(offset[:, None, start:stop], groups, scale[:, None, start:stop], out=groups)
             parts.append(x @ groups.flatten(0, 1))
-        # A group has one offset: it multiplies the sum of the group's inputs.
-        return torch.cat(parts, dim=-1) + x.unflatten(-1, (-1, self.group_size)).sum(-1) @ offset
+        return torch.cat(parts, dim=-1)
 
     def numbers(self, start: int, stop: int) -> Tensor:
-        """The numbers 0 ... 15 of outputs start ... stop, by input: uint8 (C, stop - start)."""
-        packed = self.weight[start // 64 : -(-stop // 64)]
-        return torch.cat((packed & 15, packed >> 4), dim=2).transpose(0, 1).flatten(1)[:, : stop - start]
+        """The numbers of outputs start ... stop less 8, by input: int8 (C, stop - start), from -8 to 7."""
+        packed = self.weight[start // 64 : -(-stop // 64)] ^ 0x88  # of each half byte the first bit: that is less 8
+        packed = packed.view(torch.int8).transpose(0, 1)  # (C, blocks, 32)
+        halves = torch.stack((packed << 4, packed), dim=2)  # (C, blocks, 2, 32), each number in the first half of a byte
+        return halves.bitwise_right_shift_(4).flatten(1)[:, : stop - start]
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
         operator = private_operator("aten._weight_int4pack_mm_for_cpu")
-        if operator is None:
+        if operator is None or x.dtype != torch.bfloat16:
             return None
         if self.packed is None:  # without AVX-512 another order is wanted: pack a probe to see, and then keep a copy
             pack = private_operator("aten._convert_weight_to_int4pack_for_cpu")
@@ -1351,7 +1386,7 @@ class Int4Linear(QuantizedLinear):
             is_own_order = torch.equal(pack(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT)
             self.packed = self.weight
             if not is_own_order:
-                self.packed = pack(self.numbers(0, len(self.weight) * 64).t().to(torch.int32).contiguous(), 1)
+                self.packed = pack(self.numbers(0, len(self.weight) * 64).t().to(torch.int32).contiguous() + 8, 1)
         rows = x.reshape(-1, self.in_features).contiguous()
         y = operator(rows, self.packed.view(-1, self.in_features // 2), self.group_size, self.scale.to(x.dtype))
         return y[:, : self.out_features].view(*x.shape[:-1], -1)
@@ -1388,8 +1423,10 @@ class Int8SparseLinear(QuantizedLinear):
         scale, offset = self.weight[:, -8:].flatten().clone().view(torch.float32).view(-1, 2).unbind(1)  # (F)
         scaled = x * scale.to(x.dtype)  # (..., F)
         middle = (offset + 128 * scale).to(x.dtype)  # (F)
-        parts = [scaled @ (self.weight[:, start:stop] ^ 128).view(torch.int8).to(x.dtype)  # byte - 128, which is exact
-                 for start, stop in self.blocks]
+        parts = []
+        for start, stop, block in self.blocks(x.dtype):
+            number = (self.weight[:, start:stop] ^ 128).view(torch.int8)  # byte - 128, (F, stop - start)
+            parts.append(scaled @ block.view(number.shape).copy_(number))
         return torch.cat(parts, dim=-1) + (x @ middle)[..., None]
 
     def few_rows(self, x: Tensor) -> Tensor | None:
