@@ -293,8 +293,8 @@ class KVCache:
 # Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights, and the
 # best operator is the one that reads memory fastest. Which one that is depends on the processor:
 #
-#   with AMX        mv reads bfloat16 at full speed, F.linear at 0.8 of it (oneDNN reorders the weights first)
-#   AMD's Zen 4     F.linear reads at about half of the memory's speed, mv at a third. At full speed: embedding_bag, made
+#   with AMX        W x, the weights first, reads bfloat16 at full speed; F.linear at 0.8 of it, since oneDNN reorders them
+#   AMD's Zen 4     F.linear reads at about half of the memory's speed, W x at a third. At full speed: embedding_bag, made
 #                   for recommenders, the sum of some rows of a table, each times a factor; or rather its derivative by
 #                   the factors, the dot product of each row with a vector
 #   others          F.linear
@@ -313,27 +313,29 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
     return dots(x[None], weight, rows, bags[:1], bags, 0)  # where bags start: 0; mode 0, a sum
 
 
-def row_product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The quickest operator on this CPU for W x with a large matrix W in this dtype; None for F.linear."""
-    if cpu_has("amx_tile"):
-        return torch.mv if dtype == torch.bfloat16 else None
-    return dot_products if cpu_has("avx512_bf16") and dtype != torch.float16 else None
-
-
 class Linear(nn.Linear):
-    """x W^T + b. For a single row x on a CPU, a large W is multiplied as row_product says."""
+    """x W^T + b, on a CPU with a large W and few rows x by the quickest operator there."""
 
     large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
-        is_row = x.numel() == self.in_features and x.device.type == "cpu" and x.dtype == self.weight.dtype  # no autocast
-        if is_row and self.weight.nbytes >= self.large:
-            product = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else row_product(x.dtype)
-            if product is not None:
-                y = product(self.weight, x.flatten())
+        W = self.weight
+        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != W.dtype  # in autocast
+        if not is_plain and x.device.type == "cpu" and W.is_contiguous() and W.nbytes >= self.large:
+            y = self.few_rows(x.reshape(-1, self.in_features))
+            if y is not None:
                 return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, W, self.bias)
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x W^T, (rows, O), for x (rows, C) without F.linear; None where that is the quickest."""
+        rows, has_amx = len(x), cpu_has("amx_tile")
+        if has_amx and x.dtype == torch.bfloat16 and rows <= 32:
+            return torch.mv(self.weight, x[0])[None] if rows == 1 else (self.weight @ x.t()).t().contiguous()
+        if not has_amx and cpu_has("avx512_bf16") and x.dtype != torch.float16 and rows == 1:
+            return dot_products(self.weight, x[0])[None]
+        return None
 
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
