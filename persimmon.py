@@ -115,6 +115,7 @@ class PersimmonConfig:
     group_size: int = 128  # with int4, inputs that share a scale: 32, 64 or 128
 
     def __post_init__(self) -> None:
+        # A field's type is text, by the import of annotations above.
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, str]": dict}
         for field in fields(self):
             key, value, kind = f"config key {field.name}", getattr(self, field.name), field.type.removesuffix(" | None")
@@ -225,7 +226,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def cpu_has(feature: str) -> bool:
     """Whether this CPU has "amx_tile" (Intel's servers since 2023) or "avx512_bf16", as far as PyTorch knows."""
-    return getattr(torch.cpu, f"_is_{feature}_supported", bool)()
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()  # private, so perhaps gone one day
 
 
 class KVCache:
@@ -236,7 +237,7 @@ class KVCache:
     device, where kernels read it. The model advances both, once a forward pass. For inference only: it is written in
     place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
 
-    On a CPU in 16 bit, unless it is short or AMX makes SDPA quick, the keys lie transposed in memory, (L, B, H, D, N),
+    On a CPU in 16 bit, unless it is short, or in bfloat16 with AMX, the keys lie transposed in memory, (L, B, H, D, N),
     and an N above `block` is rounded up to a multiple of it: see cpu_attention. `keys` shows them in the values' order.
     """
 
@@ -247,8 +248,8 @@ class KVCache:
                  dtype: torch.dtype, device: torch.device | str) -> None:
         L, B, H = config.num_hidden_layers, batch_size, config.num_attention_heads
         N, D = max_length, config.head_dim
-        self.is_transposed = torch.device(device).type == "cpu" and H * N >= self.transposed_from.get(dtype, math.inf)
-        self.is_transposed &= not (dtype == torch.bfloat16 and cpu_has("amx_tile"))
+        is_long = torch.device(device).type == "cpu" and H * N >= self.transposed_from.get(dtype, math.inf)
+        self.is_transposed = is_long and not (dtype == torch.bfloat16 and cpu_has("amx_tile"))
         if self.is_transposed and N > self.block:
             N = -(-N // self.block) * self.block
         self.values = torch.empty(L, B, H, N, D, dtype=dtype, device=device)  # (L, B, H, N, D)
@@ -276,7 +277,7 @@ class KVCache:
         if self.length == 0:
             return k, v
         k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
-        return (k.contiguous() if self.is_transposed and T > 1 else k), v
+        return (k.contiguous() if self.is_transposed and T > 1 else k), v  # SDPA is slow with keys that lie transposed
 
     def advance(self, T: int) -> None:
         """Count T more positions as seen, once every layer has stored them."""
@@ -288,20 +289,21 @@ class KVCache:
         self.position.fill_(length)
 
 
-# --- 4. One token on a CPU --------------------------------------------------------------------------------------------
+# --- 4. Few tokens on a CPU -------------------------------------------------------------------------------------------
 #
 # Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights, and the
-# best operator is the one that reads memory fastest. Which one that is depends on the processor:
+# best operator is the one that reads memory fastest. Measured, for a product W x with a large W:
 #
-#   with AMX        W x, the weights first, reads bfloat16 at full speed; F.linear at 0.8 of it, since oneDNN reorders them
-#   AMD's Zen 4     F.linear reads at about half of the memory's speed, W x at a third. At full speed: embedding_bag, made
-#                   for recommenders, the sum of some rows of a table, each times a factor; or rather its derivative by
-#                   the factors, the dot product of each row with a vector
-#   others          F.linear
+#   bfloat16, AMX        mv, or for up to 32 rows mm, with W first: full speed. F.linear, which reorders W: 0.8 of it
+#   AVX512-BF16 without  dot_products, for one row: full speed, in float32 too. F.linear: a half, W first: a third
+#   AMX (AMD's Zen 4)
+#   all else             F.linear
 #
-# Where only some rows count, and for attention without AMX, which SDPA reads at an eighth of the memory's speed, it is
-# embedding_bag on all of them. The results are those of the plain operations up to rounding. Products whose gradients
-# are wanted are the plain ones.
+# dot_products is the derivative, by its factors, of an operator made for recommenders, embedding_bag: the sum of some
+# rows of a table, each times a factor. That sum itself is the product with weights of which only some rows count, on
+# every processor (SparseLinear), and attention in 16 bit but for bfloat16 with AMX: without it, SDPA reads a long cache
+# at an eighth of the memory's speed. Results are those of the plain operations up to rounding. Products whose gradients
+# are wanted, and those in torch.compile, are the plain ones.
 
 
 def dot_products(weight: Tensor, x: Tensor) -> Tensor:
@@ -314,22 +316,22 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """x W^T + b, on a CPU with a large W and few rows x by the quickest operator there."""
+    """x W^T + b; for few rows x and a large W on a CPU, by the operator that reads W fastest there."""
 
     large = 2**22  # bytes; F.linear is quicker with a smaller matrix, which stays in the CPU's cache
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
         W = self.weight
-        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != W.dtype  # in autocast
+        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != W.dtype  # as under autocast
         if not is_plain and x.device.type == "cpu" and W.is_contiguous() and W.nbytes >= self.large:
             y = self.few_rows(x.reshape(-1, self.in_features))
             if y is not None:
-                return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+                return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
         return nn.functional.linear(x, W, self.bias)
 
     def few_rows(self, x: Tensor) -> Tensor | None:
-        """x W^T, (rows, O), for x (rows, C) without F.linear; None where that is the quickest."""
+        """x W^T, (rows, O), for x (rows, C), by an operator that is quicker than F.linear; None where there is none."""
         rows, has_amx = len(x), cpu_has("amx_tile")
         if has_amx and x.dtype == torch.bfloat16 and rows <= 32:
             return torch.mv(self.weight, x[0])[None] if rows == 1 else (self.weight @ x.t()).t().contiguous()
@@ -450,7 +452,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU, section 12 does all until `dense`
+        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU: section 12
             norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
             keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
             return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
@@ -597,7 +599,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # padding_idx: no gradient reaches the row of the padding token. from_pretrained leaves the rest to init_weights.
+        # padding_idx: no gradient reaches that row. from_pretrained, for nn.Embedding() would fill the matrix once more.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -624,7 +626,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         B, T, _ = x.shape
         place, S = torch.arange(T, device=x.device), T  # of the new positions among all S
         if cache is not None:
-            place, S = place + cache.position, cache.total(B, T)
+            place, S = place + cache.position, cache.total(B, T)  # on the device: a compiled graph would keep `length`
         if attention_mask is not None:
             shape = tuple(attention_mask.shape)
             _require(shape == (B, S), f"attention_mask has shape {shape} and has to have (B, S) = ({B}, {S})")
@@ -1218,14 +1220,15 @@ class QuantizedLinear(nn.Module):
     What the kinds below differ in is what they store and how they multiply:
 
         quantized(weight)  the tensors to store for weight (O, C); `empty` gives such tensors without values
-        few_rows(x)        x W^T by a kernel that reads W as it is stored; None where that does not work, or is slow: those
-                           for the first two kinds use the vector units in bfloat16 only
+        few_rows(x)        x W^T by a kernel that reads W as it is stored; None where that does not work or is slow, as
+                           those of Int8Linear and Int4Linear are on x86 in all but bfloat16
         product(x)         x W^T with W turned into plain numbers, block by block of outputs
 
     Raises ValueError, when it is made from a Linear, for weights that are not finite or do not fit.
     """
 
     few = 16  # rows; up to here, few_rows is quicker than product
+    block = 2**22  # weights that are plain numbers at the same time
 
     def __init__(self, linear: nn.Linear, group_size: int) -> None:
         super().__init__()
@@ -1238,14 +1241,17 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """Blocks of outputs, from start to stop, and memory for their weights in this dtype, (stop - start, C): the same
-        for each, so that it stays in the CPU's cache."""
+        """Ranges of outputs, start and stop, with memory for their weights in this dtype, (stop - start, C).
+
+        It is the same memory each time, which stays in the CPU's cache, unless autograd keeps it for the backward pass.
+        """
         O, C = self.out_features, self.in_features
-        size = max(64, 2**22 // C // 64 * 64)  # outputs
-        memory = torch.empty(min(size, O) * C, dtype=dtype, device=self.weight.device)
+        size = min(O, max(64, self.block // C // 64 * 64))  # outputs
+        empty = partial(torch.empty, dtype=dtype, device=self.weight.device)
+        memory = empty(size * C)
         for start in range(0, O, size):
-            stop = min(start + size, O)
-            yield start, stop, memory[: (stop - start) * C].view(stop - start, C)
+            n = min(size, O - start)
+            yield start, start + n, empty(n, C) if torch.is_grad_enabled() else memory[: n * C].view(n, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
@@ -1368,11 +1374,11 @@ class Int4Linear(QuantizedLinear):
         return torch.cat(parts, dim=-1)
 
     def numbers(self, start: int, stop: int) -> Tensor:
-        """The numbers of outputs start ... stop less 8, by input: int8 (C, stop - start), from -8 to 7."""
-        packed = self.weight[start // 64 : -(-stop // 64)] ^ 0x88  # of each half byte the first bit: that is less 8
+        """The numbers of outputs start ... stop less 8, so from -8 to 7, by input: int8 (C, stop - start)."""
+        packed = self.weight[start // 64 : -(-stop // 64)] ^ 0x88  # number ^ 8 is number - 8, as 4 bits with a sign
         packed = packed.view(torch.int8).transpose(0, 1)  # (C, blocks, 32)
-        halves = torch.stack((packed << 4, packed), dim=2)  # (C, blocks, 2, 32), each number in the first half of a byte
-        return halves.bitwise_right_shift_(4).flatten(1)[:, : stop - start]
+        upper = torch.stack((packed << 4, packed), dim=2)  # (C, blocks, 2, 32), a number in the upper half of each byte
+        return upper.bitwise_right_shift_(4).flatten(1)[:, : stop - start]  # this shift keeps the sign
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> (..., O)"""
@@ -1422,6 +1428,7 @@ class Int8SparseLinear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
+        # W = scale * (byte - 128) + middle: in 16 bit byte - 128 is exact, and of the size of the result
         scale, offset = self.weight[:, -8:].flatten().clone().view(torch.float32).view(-1, 2).unbind(1)  # (F)
         scaled = x * scale.to(x.dtype)  # (..., F)
         middle = (offset + 128 * scale).to(x.dtype)  # (F)
@@ -1434,7 +1441,7 @@ class Int8SparseLinear(QuantizedLinear):
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x (..., F) -> (..., C)"""
         operator = private_operator("quantized.embedding_bag_byte_rowwise_offsets")
-        bags = nonzero_bags(x, self.few, 6)
+        bags = nonzero_bags(x, self.few, 6)  # beyond, plain numbers are quicker
         if operator is None or bags is None:
             return None
         column, value, start = bags
