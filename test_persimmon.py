@@ -589,6 +589,15 @@ def test_linear_for_one_row(monkeypatch, reads, processor, bias, dtype):
     assert reads == {"linear": 3}
 
 
+def test_linear_compiles_in_one_piece(monkeypatch):
+    """Dynamo can't look into what tells the processor's abilities."""
+    monkeypatch.setattr(Linear, "large", 0)
+    layer, x = Linear(24, 56).bfloat16(), torch.randn(1, 24).bfloat16()
+    with torch.no_grad():
+        y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert torch.equal(y, torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_what_the_processor_has():
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
     assert persimmon.cpu_has("nonsense") is False
