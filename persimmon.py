@@ -294,10 +294,10 @@ class KVCache:
 # Decoding a token multiplies every weight by one number, so it takes at least the time of reading the weights, and the
 # best operator is the one that reads memory fastest. Measured, for a product W x with a large W:
 #
-#   bfloat16, AMX        mv, or for up to 32 rows mm, with W first: full speed. F.linear, which reorders W: 0.8 of it
-#   AVX512-BF16 without  dot_products, for one row: full speed, in float32 too. F.linear: a half, W first: a third
-#   AMX (AMD's Zen 4)
-#   all else             F.linear
+#   AMX, bfloat16           W first, by mv, or mm for up to 32 rows: full speed. F.linear, which reorders W: 0.8 of it
+#   AVX512-BF16 but no AMX  dot_products, for one row: full speed, in float32 too. F.linear: a half, W first: a third
+#   (AMD's Zen 4)
+#   all else                F.linear
 #
 # dot_products is the derivative, by its factors, of an operator made for recommenders, embedding_bag: the sum of some
 # rows of a table, each times a factor. That sum itself is the product with weights of which only some rows count, on
