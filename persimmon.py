@@ -452,7 +452,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU: section 12
+        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU: section 12, 16 being its M
             norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
             keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
             return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
