@@ -235,7 +235,7 @@ class KVCache:
     Room for N positions is allocated at once, 2*L*B*N*C numbers (576 KiB a position for the 8B in 16 bit), and never
     grows. The cache is the one owner of the position: `length` is a Python int, `position` the same number on the
     device, where kernels read it. The model advances both, once a forward pass. For inference only: it is written in
-    place, which autograd does not allow. `fused` is the operator of section 12, where there is one.
+    place, which autograd does not allow. `kernels` are those of section 12, where there is a GPU for them.
 
     On a CPU in 16 bit, unless it is short, or in bfloat16 with AMX, the keys lie transposed in memory, (L, B, H, D, N),
     and an N above `block` is rounded up to a multiple of it: see cpu_attention. `keys` shows them in the values' order.
@@ -258,7 +258,7 @@ class KVCache:
             self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
         self.length = 0
         self.position = torch.zeros((), dtype=torch.long, device=device)
-        self.fused = fused_attention(config, B, device)
+        self.kernels = kernels_for(config, B, device)
 
     def total(self, B: int, T: int) -> int:
         """S for T new positions in each of B rows; ValueError where they do not fit."""
@@ -452,10 +452,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
         B, T, C = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C)
-        if cache is not None and cache.fused is not None and T <= 16:  # on a GPU: section 12, 16 being its M
-            norms = [*self.q_layernorm.parameters(), *self.k_layernorm.parameters()]  # none, or weight, bias of both
-            keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, H, N, D)
-            return self.dense(cache.fused(qkv, norms, self.eps, *rope, mask, keys, values, cache.position))
+        if cache is not None and cache.kernels is not None and not (self.training or torch.is_grad_enabled()):
+            return self.dense(cache.kernels.attention(qkv, self, rope, mask, cache))  # on a GPU: section 12
         qkv = qkv.view(B, T, self.num_heads, 3, self.head_dim)  # (B, T, H, 3, D)
         q, k, v = qkv.unbind(3)  # (B, T, H, D)
         q = apply_rope(self.q_layernorm(q), *rope)  # (B, T, H, D)
@@ -626,7 +624,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         B, T, _ = x.shape
         place, S = torch.arange(T, device=x.device), T  # of the new positions among all S
         if cache is not None:
-            place, S = place + cache.position, cache.total(B, T)  # on the device: a compiled graph would keep `length`
+            place, S = place + cache.position, cache.total(B, T)  # on the device: a recorded pass would keep `length`
         if attention_mask is not None:
             shape = tuple(attention_mask.shape)
             _require(shape == (B, S), f"attention_mask has shape {shape} and has to have (B, S) = ({B}, {S})")
@@ -1076,7 +1074,7 @@ class Step(NamedTuple):
 def on_host(pairs: Iterable[tuple[Tensor, Tensor]], lag: int) -> Iterator[tuple[list, list]]:
     """Pairs of tensors as lists, `lag` pairs late: with 1, a GPU computes the next while Python sees to this one.
 
-    The first pair is not late: what comes next may take long, when it has to be compiled.
+    The first pair is not late: what comes next may take long, when kernels are compiled.
     """
 
     def fetched(x: Tensor, y: Tensor, is_copied: torch.cuda.Event | None) -> tuple[list, list]:
@@ -1099,8 +1097,7 @@ def on_host(pairs: Iterable[tuple[Tensor, Tensor]], lag: int) -> Iterator[tuple[
 def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
              max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
-             stop_ids: Iterable[int] | None = None, cache: KVCache | None = None,
-             compile: bool = False) -> Iterator[Step]:
+             stop_ids: Iterable[int] | None = None, cache: KVCache | None = None) -> Iterator[Step]:
     """Continue prompts, one token a row and step, until every row has stopped; n steps are n forward passes.
 
     The prompts are input_ids (B, T), with zeros in attention_mask (B, T) where there is padding, on either side; apart
@@ -1108,7 +1105,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     one of stop_ids, by default eos_token_id. repetition_penalty is for ids that the row holds already, prompt included.
     A `cache` that holds the first positions of an unpadded prompt, as in a conversation, saves computing them again;
     its capacity limits the context. The other options are those of `sample`. On CUDA a pass is computed while Python
-    looks at the token before: when all rows have stopped, the cache holds that token too. compile: see compiled_step.
+    looks at the token before: when all rows have stopped, the cache holds that token too.
 
     Raises ValueError, at the first step, for options out of range, ids outside the vocabulary, and a prompt that is
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
@@ -1125,8 +1122,6 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         ("repetition_penalty", repetition_penalty, 1e-3, 1e3), ("seed", seed, 0, 2**63 - 1),
     ):
         _require(least <= value <= most, f"{name} = {value} is out of range: it goes from {least} to {most}")
-    _require(not compile or config.quantize is None, "a quantized model can't be compiled: leave out compile or "
-             "quantize")  # its products, block by block, would be a graph of ten thousand nodes
     _require(input_ids.dim() == 2 and input_ids.numel() > 0,
              f"the prompt has shape {tuple(input_ids.shape)}: it has to be (B, T) with a token at least")
     _require(0 <= input_ids.min() and input_ids.max() < config.vocab_size,
@@ -1149,10 +1144,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     steps = min(max_new_tokens, limit - min(lengths))
     is_padded = min(lengths) < T
     if cache is None:
-        N = T + steps - 1
-        if compile:  # few different sizes, since each is compiled anew
-            N = max(N, min(limit, 1 << (N - 1).bit_length()))
-        cache = KVCache(config, B, N, embedding.dtype, device)
+        cache = KVCache(config, B, T + steps - 1, embedding.dtype, device)
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
@@ -1170,15 +1162,15 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         """Each step's ids (B) and their log-probabilities (B), on the device, which nothing in here waits for."""
         ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, the others over one position
         for step in range(1, steps + 1):
-            if compile and step == 2:
-                forward = compiled_step(model, cache, mask if is_padded or cache.fused is None else None)
+            if step == 2 and cache.kernels is not None and not model.training:  # section 11
+                forward = recorded_step(model, cache, mask if is_padded else None)
             logits = forward(ids)[:, 0].float()  # (B, V)
-            logprobs = logits.log_softmax(-1)  # (B, V)
+            penalized = logits  # (B, V)
             if repetition_penalty != 1:
-                logits = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
-            ids = sample(logits, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
+                penalized = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
+            ids = sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
             seen.scatter_(1, ids, True)
-            yield ids[:, 0], logprobs.gather(1, ids)[:, 0]
+            yield ids[:, 0], logits.gather(1, ids)[:, 0] - logits.logsumexp(-1)  # log_softmax takes twice the time
 
     for step, (tokens, logprobs) in enumerate(on_host(passes(ids, forward), lag=int(device.type == "cuda")), start=1):
         if any(map(math.isnan, logprobs)):
@@ -1475,76 +1467,96 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     return model
 
 
-# --- 11. Decoding through torch.compile -------------------------------------------------------------------------------
+# --- 11. Decoding as a CUDA graph -------------------------------------------------------------------------------------
+#
+# An H200 reads the weights of a layer in a tenth of a millisecond, and Python takes longer than that to ask for what
+# there is to do in it. So it asks once: what the GPU is told in one pass is recorded, and replayed for each token.
 
 
 class FixedShapes(KVCache):
-    """A view of a KVCache for torch.compile, where no shape may change: S is always N, all that there is room for.
+    """A view of a KVCache for a pass that is recorded: S is always N, all that there is room for.
 
-    The new positions are written at `position`, wherever that is, and a mask has to hide what comes after them; the
-    caller advances the cache. This is for the kernel of section 12, which reads no more than it has to. Attention
-    without it reads all N positions.
+    Only the kernels of section 12 can use it: they look up `position` on the GPU and read no more than that.
     """
 
-    is_transposed = False
-
     def __init__(self, cache: KVCache) -> None:
-        self.keys, self.values, self.position, self.fused = cache.keys, cache.values, cache.position, cache.fused
+        self.keys, self.values, self.position, self.kernels = cache.keys, cache.values, cache.position, cache.kernels
 
     def total(self, B: int, T: int) -> int:
         """N"""
         return self.keys.shape[3]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's k and v of the new positions, (B, H, T, D); return all, (B, H, N, D)."""
-        place = self.position + torch.arange(k.shape[2], device=k.device)  # (T)
-        at = torch.full_like(place, layer)  # (T); a write to the view keys[layer] makes Inductor copy the whole cache
-        self.keys[at, :, :, place] = k.permute(2, 0, 1, 3)
-        self.values[at, :, :, place] = v.permute(2, 0, 1, 3)
-        return self.keys[layer], self.values[layer]
-
     def advance(self, T: int) -> None:
-        """Do nothing: a CUDA graph would not replay a change of Python's `length`."""
+        """Do nothing: a replay would not change Python's `length`."""
 
 
-def compiled_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+def record(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function like `forward`, from ids to logits, that has the GPU do again what it does in forward(ids).
+
+    All is done in the memory where it was: new ids are copied into `ids`, the next call overwrites the logits.
+    """
+    with torch.cuda.device(ids.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(ids)  # kernels are compiled, libraries get their memory: not to be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = forward(ids)
+
+    def replay(new: Tensor) -> Tensor:
+        ids.copy_(new)
+        graph.replay()
+        return logits
+
+    replay.reads = forward  # the tensors that it holds have to stay where they are
+    return replay
+
+
+def recorded_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
-    At its first call it is compiled, as one graph without gaps, unless that has been done for a model, B and N like
-    these. On CUDA, PyTorch then records what the GPU has to do as a CUDA graph, once for a cache, and starts
-    all of it at once. mask is the attention_mask (B, S) of all positions that there may be; None is for the
-    kernel alone, which knows by itself where the cache ends.
+    mask is None or the attention_mask (B, S) of all positions that there may be. The next call overwrites the logits.
+    Hooks run while the pass is recorded, and not again. To record takes 20 ms on an H200: little enough to do it anew
+    for each text, so that no recording outlives a cache, or weights that have been replaced.
     """
-    N = cache.keys.shape[3]
-    whole_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))  # (B, N)
-    fixed = FixedShapes(cache)
-    for memory in (cache.keys, cache.values):
-        torch._dynamo.mark_static_address(memory, guard=False)  # a CUDA graph writes to it where it is
-        memory[:, :, :, cache.length :] = 0  # unused memory may hold NaN, and 0 * NaN is NaN behind the mask too
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    B, N = cache.keys.shape[1], cache.keys.shape[3]
+    fixed, ids = FixedShapes(cache), torch.zeros(B, 1, dtype=torch.long, device=cache.keys.device)
+    whole_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))
+    tables = rope_tables(torch.arange(N, device=ids.device)[None], model.config, cache.keys.dtype)
+    is_alone = B == 1 and mask is None and is_plain(model)
+
+    def forward(ids: Tensor) -> Tensor:
+        if is_alone:
+            return decode_one(model, ids, fixed, tables)
+        return model(ids, whole_mask, cache=fixed, logits_to_keep=1).logits
+
+    replay = record(forward, ids)
 
     def step(ids: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(cache_size_limit=256):  # shapes in a process; PyTorch stops at 8
-            output = forward(ids, whole_mask, cache=fixed, logits_to_keep=1)
+        logits = replay(ids)
         cache.advance(1)
-        return output.logits.clone()  # the next replay of a graph overwrites its output
+        return logits
 
     return step
 
 
-# --- 12. One kernel for attention on a GPU ----------------------------------------------------------------------------
+# --- 12. Kernels for a GPU --------------------------------------------------------------------------------------------
 #
-# A GPU reads weights so fast that, for one token, starting twenty small kernels a layer can take longer. This is one
-# Triton kernel for all that lies between the QKV projection and the output of attention. Everything works without it:
-# to leave it out, delete this section and the import of lru_cache, `fused` in KVCache, FixedShapes and `generate`, and
-# the branch of Attention.forward.
+# Two Triton kernels: `attend`, for all that lies between the QKV projection and the output of attention, and `product`,
+# for one row times a matrix with what stands before and after it. For a token, a layer is then five kernels, where
+# PyTorch's would be twenty, each of which lets the memory wait. Everything works without them: to leave them out, delete
+# this section, section 11, `kernels` in KVCache and in `generate`, the branch of Attention.forward and the import of
+# lru_cache.
 
 
-def attention_kernel() -> Any | None:
-    """The kernel; None without triton 3.4 or newer. It computes in float32, but q, k, v and p keep the model's dtype.
+@lru_cache
+def gpu_kernels() -> tuple[Any, Any] | None:
+    """The kernels `attend` and `product`; None without triton 3.4 or newer. Numbers are float32 in both, but q, k, v
+    and p have the model's dtype.
 
-    The programs of a launch share the work by blocks of queries, by heads, and by `splits` parts of the keys. Each
+    The programs of a launch of `attend` share the work by rows and heads, and by up to `SPLITS` parts of the keys. Each
     takes its queries q (M, D) past its keys k and values v (P, D), block by block, with the online softmax (Milakov and
     Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., 2205.14135). The largest score so far is m (M); the sum of
     weights, l (M), and of weighted values, y (M, D), are kept as if m had been subtracted from all scores:
@@ -1556,8 +1568,7 @@ def attention_kernel() -> Any | None:
         y' = y exp(m - m') + p v
 
     A part's result is y / l, and its weight among the parts is softmax(m + log l), since exp(m + log l) is its sum of
-    exp(s). New keys and values are read from qkv, and normalized and turned by each program that needs them, so that
-    none waits for what another one writes.
+    exp(s). Whichever program of a head is the last to finish puts the parts together.
     """
     try:
         import triton
@@ -1601,119 +1612,197 @@ def attention_kernel() -> Any | None:
 
     @triton.jit(do_not_specialize=["rope_stride", "mask_stride", "mask_width", "B", "T", "N"])  # compiled once for all
     def attend(qkv, q_weight, q_bias, k_weight, k_bias, eps, cos, sin, rope_stride, mask, mask_stride, mask_width,
-               keys, values, position, out, lse, B, T, N,
-               H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-        """Program (b*H + h, i, split): the i-th M queries of head h in row b, and a part of the keys. Strides are those
-        of the batch, mask_width is S; out is (splits, B, T, H, D), and lse, m + log l, the same without D."""
+               keys, values, position, out, parts, lse, arrived, B, T, N,
+               H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+               SPLITS: tl.constexpr):
+        """Program (b*H + h, i, split): the i-th M new positions of head h in row b, and a part of the old ones.
+
+        It writes keys and values to the cache and, to out (B, T, H, D), the result of attention for T <= M; with
+        SPLITS = 0, for any T, only q. Strides are those of the batch, mask_width is S. What is passed between programs:
+        parts (SPLITS, B, T, H, D), y / l; lse, m + log2 l, the same without D; arrived (B*H), how many have finished.
+        """
         b, h, split = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(2)
         length = tl.load(position).to(tl.int32)
-        dtype = qkv.dtype.element_ty
-        qkv += (b * T * H + h) * 3 * D
-        new_k, new_v = qkv + D, qkv + 2 * D
-        cos, sin = cos + b * rope_stride, sin + b * rope_stride
-        keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
-        d, block = tl.arange(0, D), tl.arange(0, P)
-        t = tl.program_id(1) * M + tl.arange(0, M)
-        is_query = t < T
-        q = turned_head(qkv, q_weight, q_bias, eps, cos, sin, t, is_query, H, D, R).to(dtype)
-        if split == 0:
-            k = turned_head(new_k, k_weight, k_bias, eps, cos, sin, t, is_query, H, D, R).to(dtype)
-            v = tl.load(new_v + t[:, None] * (3 * H * D) + d[None, :], mask=is_query[:, None])
-            place, fits = (length + t)[:, None] * D + d[None, :], (is_query & (length + t < N))[:, None]
-            tl.store(keys + place, k, mask=fits)
-            tl.store(values + place, v, mask=fits)
+        used = tl.maximum(tl.minimum(tl.cdiv(length, 128), SPLITS), 1)  # parts, of 128 old positions at least
+        if split < used:
+            dtype = qkv.dtype.element_ty
+            qkv += (b * T * H + h) * 3 * D
+            cos, sin = cos + b * rope_stride, sin + b * rope_stride
+            keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
+            d, block = tl.arange(0, D)[None, :], tl.arange(0, P)
+            t = tl.program_id(1) * M + tl.arange(0, M)
+            is_new = t < T
+            row = (b * T + t) * H + h
+            mask_row = None if mask is None else mask + b * mask_stride + t[:, None] * mask_width
+            q = turned_head(qkv, q_weight, q_bias, eps, cos, sin, t, is_new, H, D, R).to(dtype)
+            m = tl.full((M,), -float("inf"), tl.float32)
+            l = tl.zeros((M,), tl.float32)
+            y = tl.zeros((M, D), tl.float32)
+            if SPLITS == 0:
+                tl.store(out + row[:, None] * D + d, q, mask=is_new[:, None])
+            else:
+                part = tl.cdiv(tl.cdiv(length, used), P) * P
+                end = tl.minimum(split * part + part, length)
+                for first in range(split * part, end, P):
+                    column = first + block
+                    is_key = column < end
+                    k = tl.load(keys + column[:, None] * D + d, mask=is_key[:, None], other=0.0)
+                    v = tl.load(values + column[:, None] * D + d, mask=is_key[:, None], other=0.0)
+                    is_seen = is_new[:, None] & is_key[None, :]
+                    m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
+            if split == 0:
+                k = turned_head(qkv + D, k_weight, k_bias, eps, cos, sin, t, is_new, H, D, R).to(dtype)
+                v = tl.load(qkv + 2 * D + t[:, None] * (3 * H * D) + d, mask=is_new[:, None], other=0.0)
+                column = length + t
+                fits = (is_new & (column < N))[:, None]
+                tl.store(keys + column[:, None] * D + d, k, mask=fits)
+                tl.store(values + column[:, None] * D + d, v, mask=fits)
+                if SPLITS > 0:
+                    is_seen = is_new[:, None] & (t[None, :] <= t[:, None])
+                    m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
+            if SPLITS > 0:
+                l = tl.where(l > 0, l, 1.0)  # in a part without any key to look at, m stays -inf
+                y = y / l[:, None]
+                if used == 1:
+                    tl.store(out + row[:, None] * D + d, y.to(dtype), mask=is_new[:, None])
+                else:
+                    size = B * T * H
+                    tl.store(parts + (split * size + row)[:, None] * D + d, y, mask=is_new[:, None])
+                    tl.store(lse + split * size + row, m + tl.log2(l), mask=is_new)
+                    tl.debug_barrier()  # all threads have written before one of them says so
+                    if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == used - 1:
+                        tl.store(arrived + tl.program_id(0), 0)  # for the next launch
+                        m = tl.full((M,), -float("inf"), tl.float32)
+                        for i in tl.static_range(SPLITS):
+                            at = tl.minimum(i, used - 1) * size + row
+                            m = tl.maximum(m, tl.load(lse + at, mask=is_new, other=0.0, cache_modifier=".cg"))
+                        base = tl.where(m == -float("inf"), 0.0, m)
+                        l = tl.zeros((M,), tl.float32)
+                        y = tl.zeros((M, D), tl.float32)
+                        for i in tl.static_range(SPLITS):
+                            at = tl.minimum(i, used - 1) * size + row
+                            p = tl.exp2(tl.load(lse + at, mask=is_new, other=0.0, cache_modifier=".cg") - base)
+                            p = tl.where(i < used, p, 0.0)
+                            l += p
+                            y += p[:, None] * tl.load(parts + at[:, None] * D + d, mask=is_new[:, None], other=0.0,
+                                                      cache_modifier=".cg")
+                        y = y / tl.where(l > 0, l, 1.0)[:, None]
+                        tl.store(out + row[:, None] * D + d, y.to(dtype), mask=is_new[:, None])
 
-        m = tl.full((M,), -float("inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
-        y = tl.zeros((M, D), tl.float32)
-        mask_row = None if mask is None else mask + b * mask_stride + t[:, None] * mask_width
-        end = length + tl.minimum(tl.program_id(1) * M + M, T)  # no query of this program looks further
-        part = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), P) * P
-        start, end = split * part, tl.minimum(split * part + part, end)
-        old_end = tl.minimum(end, length)
-        for first in range(start, old_end, P):
-            column = first + block
-            is_key = column < old_end
-            row = column[:, None] * D + d[None, :]
-            k = tl.load(keys + row, mask=is_key[:, None], other=0.0)
-            v = tl.load(values + row, mask=is_key[:, None], other=0.0)
-            is_seen = is_query[:, None] & is_key[None, :]
-            m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
-        for first in tl.range(tl.maximum(start, length), end, P, num_stages=1):
-            column = first + block
-            new, is_key = column - length, column < end
-            k = turned_head(new_k, k_weight, k_bias, eps, cos, sin, new, is_key, H, D, R).to(dtype)
-            v = tl.load(new_v + new[:, None] * (3 * H * D) + d[None, :], mask=is_key[:, None], other=0.0)
-            is_seen = is_query[:, None] & is_key[None, :] & (new[None, :] <= t[:, None])
-            m, l, y = absorb(q, k, v, is_seen, None if mask is None else mask_row + column[None, :], m, l, y)
-        l = tl.where(l > 0, l, 1.0)  # in a part without any key to look at, m stays -inf
-        row = ((split * B + b) * T + t) * H + h
-        tl.store(out + row[:, None] * D + d[None, :], (y / l[:, None]).to(out.dtype.element_ty), mask=is_query[:, None])
-        tl.store(lse + row, (m + tl.log2(l)) * 0.6931471805599453, mask=is_query)
+    @triton.jit
+    def normed(x, weight, bias, mean, scale, c):
+        """Elements c of LayerNorm(x), or of x where there is no weight, in float32."""
+        x = tl.load(x + c).to(tl.float32)
+        if weight is not None:
+            x = (x - mean) * scale * tl.load(weight + c).to(tl.float32) + tl.load(bias + c).to(tl.float32)
+        return x
 
-    return attend
+    @triton.jit
+    def product(x, weight, bias, norm_weight, norm_bias, eps, others, y, O, C: tl.constexpr,
+                ROWS: tl.constexpr, P: tl.constexpr, SQUARE: tl.constexpr):
+        """y (O) = f(W LayerNorm(x) + b) + others, W in blocks of (ROWS, P): each program takes ROWS outputs at a time.
+
+        f is relu(.)**2 if SQUARE; LayerNorm, b and others are left out where they are None. Each block of W is asked
+        for before what comes before it is needed, the first one before all else: the memory is never without work.
+        """
+        o, c = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, P)
+        first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+        w = tl.load(weight + (first + o)[:, None] * C + c[None, :], eviction_policy="evict_first")
+        mean, scale = 0.0, 1.0
+        if norm_weight is not None:
+            total = tl.zeros((P,), tl.float32)
+            for column in tl.static_range(0, C, P):
+                total += tl.load(x + column + c).to(tl.float32)
+            mean = tl.sum(total, 0) / C
+            total = tl.zeros((P,), tl.float32)
+            for column in tl.static_range(0, C, P):
+                distance = tl.load(x + column + c).to(tl.float32) - mean
+                total += distance * distance
+            scale = 1 / tl.sqrt(tl.sum(total, 0) / C + eps)
+        v = normed(x, norm_weight, norm_bias, mean, scale, c)
+        for start in range(first, O, step):
+            sums = tl.zeros((ROWS, P), tl.float32)
+            for column in tl.static_range(0, C, P):
+                if column + P < C:
+                    ahead = tl.load(weight + (start + o)[:, None] * C + (column + P + c)[None, :],
+                                    eviction_policy="evict_first")
+                else:
+                    ahead = tl.load(weight + (start + step + o)[:, None] * C + c[None, :],
+                                    mask=(start + step + o < O)[:, None], eviction_policy="evict_first")
+                if C > P:
+                    v = normed(x, norm_weight, norm_bias, mean, scale, column + c)
+                sums += w.to(tl.float32) * v[None, :]
+                w = ahead
+            result = tl.sum(sums, 1)
+            if bias is not None:
+                result += tl.load(bias + start + o).to(tl.float32)
+            if SQUARE:
+                result = tl.maximum(result, 0.0)
+                result = result * result
+            if others is not None:
+                result += tl.load(others + start + o).to(tl.float32)
+            tl.store(y + start + o, result.to(y.dtype.element_ty))
+
+    return attend, product
 
 
-@lru_cache
-def attention_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel as an operator of PyTorch, which torch.compile takes as it is; None where there is no kernel.
+class Kernels:
+    """The kernels on one GPU, for a cache of B rows."""
 
-    Its arguments: qkv (B, T, 3*C); norms, weight and bias (D) of q_layernorm and then of k_layernorm, or none, and
-    their eps; cos and sin of rope_tables; mask of causal_mask; one layer of a cache, keys and values (B, H, N, D), and
-    its position; splits. It writes the cache and returns out and lse as the kernel makes them.
-    """
-    attend = attention_kernel()
-    if attend is None:
-        return None
+    def __init__(self, attend: Any, product: Any, rows: int, heads: int, device: torch.device | str) -> None:
+        self.attend, self.product = attend, product
+        self.cores = torch.cuda.get_device_properties(device).multi_processor_count
+        # A core has room for four programs; to join more than 8 parts costs more than it saves
+        self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * rows * heads <= 4 * self.cores)
+        self.arrived = torch.zeros(rows * heads, dtype=torch.int32, device=device)
 
-    def empty(qkv: Tensor, keys: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-        (B, H, _, D), T = keys.shape, qkv.shape[1]
-        dtype = qkv.dtype if splits == 1 else torch.float32
-        return (qkv.new_empty(splits, B, T, H, D, dtype=dtype), qkv.new_empty(splits, B, T, H, dtype=torch.float32))
+    def attention(self, qkv: Tensor, layer: Attention, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+                  cache: KVCache) -> Tensor:
+        """What Attention.forward does between its two projections: qkv (B, T, 3*C) -> (B, T, C), keys and values stored.
 
-    def launch(qkv: Tensor, norms: list[Tensor], eps: float, cos: Tensor, sin: Tensor, mask: Tensor | None,
-               keys: Tensor, values: Tensor, position: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-        (B, H, N, D), T = keys.shape, qkv.shape[1]
-        M, P = 16, 32  # a product of matrices has 16 rows at least; P = 64 would spill registers in float32
-        out, lse = empty(qkv, keys, splits)
-        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-        mask = None if mask is None else mask.contiguous()
+        For up to 16 new positions, the least that a product of matrices has rows, all of it is one kernel. For more, the
+        kernel does what comes before attention, and SDPA that.
+        """
+        (B, T, _), H, D = qkv.shape, layer.num_heads, layer.head_dim
+        keys, values, N = cache.keys[layer.layer], cache.values[layer.layer], cache.keys.shape[3]
+        M, splits = (16, self.splits) if T <= 16 else (32, 0)
+        norms = [*layer.q_layernorm.parameters(), *layer.k_layernorm.parameters()] or [None] * 4
+        qkv, cos, sin = qkv.contiguous(), rope[0].contiguous(), rope[1].contiguous()
+        seen = mask.contiguous() if mask is not None and T <= 16 else None
         rope_stride = 0 if len(cos) == 1 else cos[0].numel()
-        mask_stride, width = (0, 0) if mask is None else (mask[0].numel() * (len(mask) > 1), mask.shape[3])
+        mask_stride, width = (0, 0) if seen is None else (seen[0].numel() * (len(seen) > 1), seen.shape[3])
+        out = qkv.new_empty(B, T, H, D)
+        parts = qkv.new_empty(splits, B, T, H, D, dtype=torch.float32)
+        lse = qkv.new_empty(splits, B, T, H, dtype=torch.float32)
         with torch.cuda.device_of(qkv):
-            attend[B * H, -(-T // M), splits](
-                qkv, *(norms or [None] * 4), eps, cos, sin, rope_stride, mask, mask_stride, width, keys, values,
-                position, out, lse, B, T, N, H, D, 2 * cos.shape[3], M, P,
-                enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
-        return out, lse
+            self.attend[B * H, -(-T // M), max(splits, 1)](
+                qkv, *norms, layer.eps, cos, sin, rope_stride, seen, mask_stride, width, keys, values, cache.position,
+                out, parts, lse, self.arrived, B, T, N, H, D, 2 * cos.shape[3], M, min(64, 8192 // (D * qkv.itemsize)),
+                splits, enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
+        if T <= 16:
+            return out.flatten(2)
+        S = cache.length + T
+        y = nn.functional.scaled_dot_product_attention(
+            out.transpose(1, 2), keys[:, :, :S], values[:, :, :S], attn_mask=mask, is_causal=mask is None)
+        return y.transpose(1, 2).reshape(B, T, H * D)
 
-    schema = ("(Tensor qkv, Tensor[] norms, float eps, Tensor cos, Tensor sin, Tensor? mask, Tensor(a!) keys, "
-              "Tensor(b!) values, Tensor position, int splits) -> (Tensor, Tensor)")
-    name = f"{__name__.replace('.', '_')}::attention"  # there may be copies of this file in a process
-    operator = torch.library.custom_op(  # flexible_layout, or cos, sin and mask are copied for each layer
-        name, launch, mutates_args=("keys", "values"), schema=schema, tags=(torch.Tag.flexible_layout,))
-    operator.register_fake(lambda qkv, norms, eps, cos, sin, mask, keys, values, position, splits:
-                           empty(qkv, keys, splits))
-    # Without torch.compile the function itself: through the operator each call takes 40 microseconds more
-    return lambda *arguments: (operator if torch.compiler.is_compiling() else launch)(*arguments)
+    def linear(self, x: Tensor, linear: Linear, norm: nn.LayerNorm | None = None, others: Tensor | None = None,
+               square: bool = False) -> Tensor:
+        """f(linear(norm(x))) + others, (1, 1, O), for one row x (1, 1, C), where f is relu(.)**2 if `square`."""
+        O, C = linear.weight.shape
+        rows, P = min(2 if C <= 4096 else 1, O & -O), min(4096, C & -C)  # powers of two that divide O and C
+        y = x.new_empty(1, 1, O)
+        with torch.cuda.device_of(x):
+            self.product[min(4 * self.cores, O // rows),](
+                x, linear.weight, linear.bias, *((None, None) if norm is None else (norm.weight, norm.bias)),
+                0.0 if norm is None else norm.eps, others, y, O, C, rows, P, square, num_warps=8, enable_fp_fusion=True)
+        return y
 
 
-def split_attention(operator: Callable[..., tuple[Tensor, Tensor]], splits: int, qkv: Tensor, *others: Any) -> Tensor:
-    """The operator, and the sum of the parts: (B, T, C). Arguments as in attention_operator."""
-    out, lse = operator(qkv, *others, splits)  # (splits, B, T, H, D), (splits, B, T, H)
-    y = out[0] if splits == 1 else (lse.softmax(0)[..., None] * out).sum(0)  # (B, T, H, D)
-    return y.flatten(2).to(qkv.dtype)
-
-
-def fused_attention(config: PersimmonConfig, batch_size: int,
-                    device: torch.device | str) -> Callable[..., Tensor] | None:
-    """split_attention on this device for few new tokens; None where that does not work, as on a CPU.
-
-    The keys are split so that each of the GPU's cores has up to four programs: that many can run at the same time,
-    fewer with a mask, for which a program needs more registers.
-    """
-    operator = attention_operator() if torch.device(device).type == "cuda" else None
-    if operator is None or config.head_dim not in (16, 32, 64, 128):
+def kernels_for(config: PersimmonConfig, batch_size: int, device: torch.device | str) -> Kernels | None:
+    """The kernels for a cache; None where they do not work, as on a CPU."""
+    found = gpu_kernels() if torch.device(device).type == "cuda" else None
+    if found is None or config.head_dim not in (16, 32, 64, 128):
         return None
     from triton.runtime import driver
 
@@ -1722,5 +1811,29 @@ def fused_attention(config: PersimmonConfig, batch_size: int,
     except Exception as error:  # of many kinds: it builds a library, which needs a C compiler and Python's headers
         warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's", stacklevel=3)
         return None
-    cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return partial(split_attention, operator, max(1, 4 * cores // (batch_size * config.num_attention_heads)))
+    return Kernels(*found, batch_size, config.num_attention_heads, device)
+
+
+def is_plain(model: PersimmonForCausalLM) -> bool:
+    """Whether the model's parts are this file's, none quantized or replaced: then decode_one computes the same."""
+    parts = {PersimmonForCausalLM, PersimmonModel, Block, Attention, MLP, Linear, SparseLinear,
+             nn.ModuleList, nn.Embedding, nn.LayerNorm, nn.Identity, nn.Dropout}
+    return all(type(m) in parts and (not isinstance(m, Linear) or m.weight.is_contiguous()) for m in model.modules())
+
+
+def decode_one(model: PersimmonForCausalLM, ids: Tensor, cache: KVCache, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """model(ids, cache=cache).logits for one token of one text, ids (1, 1), in five kernels a layer: (1, 1, V).
+
+    tables are rope_tables of all positions that there may be, each (1, N, 1, R/2).
+    """
+    kernels = cache.kernels
+    x = model.model.embed_tokens(ids)  # (1, 1, C)
+    rope = [table.index_select(1, cache.position[None]) for table in tables]
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        qkv = kernels.linear(x, attention.query_key_value, norm=block.input_layernorm)  # (1, 1, 3*C)
+        y = kernels.attention(qkv, attention, rope, None, cache)  # (1, 1, C)
+        x = kernels.linear(y, attention.dense, others=x)  # (1, 1, C)
+        h = kernels.linear(x, mlp.dense_h_to_4h, norm=block.post_attention_layernorm, square=True)  # (1, 1, F)
+        x = kernels.linear(h, mlp.dense_4h_to_h, others=x)  # (1, 1, C)
+    return kernels.linear(x, model.lm_head, norm=model.model.final_layernorm)

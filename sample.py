@@ -7,7 +7,6 @@ Text, or JSON, goes to stdout and everything else to stderr. Exit codes: 0; 2 fo
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -81,8 +80,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "with --quantize int4: 32, 64 or 128 (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)")
     add("-t", "--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--compile", action="store_true", help="for a GPU: decode through torch.compile and CUDA graphs, which "
-        "takes time at the start to save some for each token")
     add("--dense", action="store_true", help="on a CPU, read also weights that only zeros multiply, and keep all "
         "of them mapped from the file")
     add("-c", "--ctx-size", metavar="N", type=int, help="tokens that --chat remembers (default: the model's context)")
@@ -192,17 +189,16 @@ class Sample:
 class Density:
     """Counts the activations that are not zero in front of each SparseLinear, while single tokens pass.
 
-    Only on a CPU, where it matters, and not in torch.compile, which would have to stop for it.
+    Only on a CPU, where it matters.
     """
 
-    def __init__(self, model: PersimmonForCausalLM, args: argparse.Namespace) -> None:
+    def __init__(self, model: PersimmonForCausalLM) -> None:
         from persimmon import Int8SparseLinear, SparseLinear
 
         self.nonzero = self.total = 0
         self.layers = [layer for layer in model.modules() if isinstance(layer, (SparseLinear, Int8SparseLinear))]
         is_on_cpu = model.model.embed_tokens.weight.device.type == "cpu"
-        counted = self.layers if is_on_cpu and not args.compile else []
-        self.hooks = [layer.register_forward_pre_hook(self.count) for layer in counted]
+        self.hooks = [layer.register_forward_pre_hook(self.count) for layer in self.layers if is_on_cpu]
 
     def count(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         """A hook in front of a layer."""
@@ -233,7 +229,7 @@ class Figures(NamedTuple):
     prompt_tokens_per_second: float
     seconds_to_first_token: float
     tokens: int
-    tokens_per_second: float  # after the first token, and with --compile after the third, when all is compiled
+    tokens_per_second: float  # after the first token, and on CUDA after the second, when a pass has been recorded
     gigabytes_per_second: float  # of weights read, at that speed
     density: float | None  # part of the MLP's activations that were not zero, in single-token passes on a CPU
 
@@ -259,14 +255,14 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
         note = ""
 
     print(note, end="", file=sys.stderr, flush=True)
-    density = Density(model, args)
+    density = Density(model)
     start = time.perf_counter()
     steps: list[tuple[float, int]] = []  # of each step: when it ended, tokens so far
     try:
         for step in generate(
             model, ids, mask, max_new_tokens=args.max_tokens, temperature=args.temp, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=seed,
-            stop_ids=() if args.ignore_eos else None, cache=cache, compile=args.compile,
+            stop_ids=() if args.ignore_eos else None, cache=cache,
         ):
             wipe()
             now = time.perf_counter()
@@ -286,7 +282,7 @@ def write(model: PersimmonForCausalLM, samples: list[Sample], args: argparse.Nam
         share = density.stop()
     prefill = steps[0][0] - start if steps else 0.0
     passes, speed = 0, 0.0
-    first = 2 if args.compile else 0  # from the end of this step on, speed is measured
+    first = int(model.model.embed_tokens.weight.is_cuda)  # from the end of this step on, speed is measured
     if len(steps) > first + 1:
         (since, before), (now, count), passes = steps[first], steps[-1], len(steps) - first - 1
         speed = (count - before) / (now - since)
@@ -482,10 +478,10 @@ def machine_speed(device: str, dtype: torch.dtype) -> tuple[float, float]:
 def bench(args: argparse.Namespace, device: str, progress: Callable[[float], None]) -> int:
     """Print a table in the manner of llama-bench; the exit code.
 
-    ppT reads a prompt of T tokens; tg64 @ S writes 64 tokens, greedily, after S that the cache holds already (they are
-    zeros: what is in it makes no difference to the time); x B means B texts at once, whose tokens count together. A
-    prompt's time is that of arithmetic: TFLOP/s counts matrices and attention. A token's time is that of reading
-    memory: GB/s counts the weights and the cache.
+    ppT reads a prompt of T tokens; tg64 @ S writes 64 tokens, greedily, after S that the cache holds already (on a CPU
+    they are zeros, which makes no difference to the time there); x B means B texts at once, whose tokens count
+    together. A prompt's time is that of arithmetic: TFLOP/s counts matrices and attention. A token's time is that of
+    reading memory: GB/s counts the weights and the cache.
     """
     import torch
 
@@ -505,8 +501,7 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     name = f"{args.random} random" if args.random else args.model.name
     kind = {None: str(weight.dtype).removeprefix("torch."), "int8": "int8", "int4": f"int4 g{config.group_size}"}
     place = device if device != "cpu" else f"{torch.get_num_threads()} threads"
-    facts = (f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {kind[config.quantize]} | "
-             f"{place}{', compiled' if args.compile else ''}")
+    facts = f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {kind[config.quantize]} | {place}"
     rows: list[tuple[str, list[float], float, str, float | None]] = []  # test, tok/s, work a token, unit, not zero
 
     def note(text: str, stays: bool = False) -> None:
@@ -519,28 +514,26 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
         """Write n tokens after a prompt of T of which the cache holds S, B times; the time is that of all passes."""
         title = (f"pp{T}" if n == 1 else f"tg{n} @ {S}") + (f" x {B}" if B > 1 else "")
         per_position = 2 * config.num_hidden_layers * config.hidden_size * weight.itemsize * B  # bytes of cache
-        gc.collect()  # what was compiled holds the last test's cache
         if T + n - 1 > config.max_position_embeddings:
             return note(f"{title} left out: the context is {config.max_position_embeddings}", stays=True)
         if per_position * (T + n) > free_memory(device):
             gigabytes = per_position * (T + n) / 1e9
             return note(f"{title} left out: its cache takes {gigabytes:.1f} GB, more than is free", stays=True)
-        speeds, density = [], Density(model, args)
+        speeds, density = [], Density(model)
         ids = torch.full((B, T), 71)
         try:
             cache = KVCache(config, B, T + n, weight.dtype, weight.device)
             for block in (cache.keys, cache.values) if S else ():
-                block.zero_()
+                block.normal_() if block.is_cuda else block.zero_()  # a GPU is quicker with zeros, at least at products
             for run in range(-1, args.repetitions):  # the first one is to warm up
                 note(f"{title}, run {run + 1} of {args.repetitions} ..." if run >= 0 else f"{title} ...")
                 cache.seek(S)
                 times = [time.perf_counter()]
-                for _ in generate(model, ids, max_new_tokens=n if run >= 0 else min(n, 4), stop_ids=(), cache=cache,
-                                  compile=args.compile):
+                for _ in generate(model, ids, max_new_tokens=n if run >= 0 else min(n, 4), stop_ids=(), cache=cache):
                     times.append(time.perf_counter())
                 if run >= 0 and n == 1:
                     speeds.append(B * T / (times[1] - times[0]))
-                elif run >= 0:  # from the second token on: before that, it is prepared
+                elif run >= 0:  # from the second token on: before that, a GPU's work is recorded
                     speeds.append(B * (n - 2) / (times[-1] - times[2]))
         except torch.OutOfMemoryError:
             return note(f"{title} left out: out of memory", stays=True)
@@ -676,10 +669,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError, RecursionError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).partition("\n")[0]
-            print(f"sample.py: error: --compile does not work here, leave it out: {reason}", file=sys.stderr)
-            return 2
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         print("sample.py: error: out of memory: try a smaller --ctx-size, --max-tokens or --num-samples, or another "
