@@ -1105,7 +1105,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     one of stop_ids, by default eos_token_id. repetition_penalty is for ids that the row holds already, prompt included.
     A `cache` that holds the first positions of an unpadded prompt, as in a conversation, saves computing them again;
     its capacity limits the context. The other options are those of `sample`. On CUDA a pass is computed while Python
-    looks at the token before: when all rows have stopped, the cache holds that token too.
+    looks at the token before: when all rows have stopped, the cache holds that token too; and a pass is recorded, which
+    works in one thread at a time.
 
     Raises ValueError, at the first step, for options out of range, ids outside the vocabulary, and a prompt that is
     empty or leaves no room for a token in the context of max_position_embeddings; FloatingPointError for logits that
@@ -1148,6 +1149,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
+    # In training there is dropout, which the kernels do not know; autocast frees the weights that it has cast.
+    is_training = any(part.training for part in model.modules() if isinstance(part, (Attention, nn.Dropout)))
+    is_recorded = cache.kernels is not None and not is_training and not torch.is_autocast_enabled(device.type)
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1)  # (B, T + steps - 1), for the last token is not read
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
@@ -1162,7 +1166,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         """Each step's ids (B) and their log-probabilities (B), on the device, which nothing in here waits for."""
         ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, the others over one position
         for step in range(1, steps + 1):
-            if step == 2 and cache.kernels is not None and not model.training:  # section 11
+            if step == 2 and is_recorded:  # section 11
                 forward = recorded_step(model, cache, mask if is_padded else None)
             logits = forward(ids)[:, 0].float()  # (B, V)
             penalized = logits  # (B, V)
@@ -1470,13 +1474,14 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
 # --- 11. Decoding as a CUDA graph -------------------------------------------------------------------------------------
 #
 # An H200 reads the weights of a layer in a tenth of a millisecond, and Python takes longer than that to ask for what
-# there is to do in it. So it asks once: what the GPU is told in one pass is recorded, and replayed for each token.
+# there is to do in it. So from the second token on, where there are the kernels of section 12, what the GPU is told in
+# one pass is recorded and replayed.
 
 
 class FixedShapes(KVCache):
     """A view of a KVCache for a pass that is recorded: S is always N, all that there is room for.
 
-    Only the kernels of section 12 can use it: they look up `position` on the GPU and read no more than that.
+    Only the kernels can use it, which look up `position` on the GPU and read no more than that: it has no `length`.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -1490,19 +1495,24 @@ class FixedShapes(KVCache):
         """Do nothing: a replay would not change Python's `length`."""
 
 
+@lru_cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which passes are recorded, one for a device: libraries keep memory for each that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def record(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[Tensor], Tensor]:
     """A function like `forward`, from ids to logits, that has the GPU do again what it does in forward(ids).
 
     All is done in the memory where it was: new ids are copied into `ids`, the next call overwrites the logits.
     """
     with torch.cuda.device(ids.device):
-        stream = torch.cuda.Stream()
+        stream, graph = recording_stream(ids.device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward(ids)  # kernels are compiled, libraries get their memory: not to be recorded
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             logits = forward(ids)
 
     def replay(new: Tensor) -> Tensor:
@@ -1518,8 +1528,8 @@ def recorded_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | No
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
     mask is None or the attention_mask (B, S) of all positions that there may be. The next call overwrites the logits.
-    Hooks run while the pass is recorded, and not again. To record takes 20 ms on an H200: little enough to do it anew
-    for each text, so that no recording outlives a cache, or weights that have been replaced.
+    Hooks of modules run while the pass is recorded, and not again. To record takes 20 ms on an H200, little enough to
+    do it anew for each text: so no recording outlives a cache, or weights that have been replaced.
     """
     B, N = cache.keys.shape[1], cache.keys.shape[3]
     fixed, ids = FixedShapes(cache), torch.zeros(B, 1, dtype=torch.long, device=cache.keys.device)
@@ -1546,9 +1556,9 @@ def recorded_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | No
 #
 # Two Triton kernels: `attend`, for all that lies between the QKV projection and the output of attention, and `product`,
 # for one row times a matrix with what stands before and after it. For a token, a layer is then five kernels, where
-# PyTorch's would be twenty, each of which lets the memory wait. Everything works without them: to leave them out, delete
-# this section, section 11, `kernels` in KVCache and in `generate`, the branch of Attention.forward and the import of
-# lru_cache.
+# PyTorch's would be twenty, each of which lets the memory wait. Everything works without them, as with cache.kernels =
+# None. To leave them out, delete this section and section 11, `kernels` in KVCache, `is_recorded` in `generate`, the
+# branch of Attention.forward and the import of lru_cache.
 
 
 @lru_cache
@@ -1618,8 +1628,9 @@ def gpu_kernels() -> tuple[Any, Any] | None:
         """Program (b*H + h, i, split): the i-th M new positions of head h in row b, and a part of the old ones.
 
         It writes keys and values to the cache and, to out (B, T, H, D), the result of attention for T <= M; with
-        SPLITS = 0, for any T, only q. Strides are those of the batch, mask_width is S. What is passed between programs:
-        parts (SPLITS, B, T, H, D), y / l; lse, m + log2 l, the same without D; arrived (B*H), how many have finished.
+        SPLITS = 0, for any T, only q. From the cache it reads old positions alone, so that no program waits for what
+        another one writes. Strides are those of the batch, mask_width is S. What programs tell each other: parts
+        (SPLITS, B, T, H, D), y / l; lse, m + log2 l, the same without D; arrived (B*H), how many have finished.
         """
         b, h, split = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(2)
         length = tl.load(position).to(tl.int32)
@@ -1747,10 +1758,9 @@ def gpu_kernels() -> tuple[Any, Any] | None:
 
 
 class Kernels:
-    """The kernels on one GPU, for a cache of B rows."""
+    """How the kernels are started on one GPU, for a cache of B rows."""
 
-    def __init__(self, attend: Any, product: Any, rows: int, heads: int, device: torch.device | str) -> None:
-        self.attend, self.product = attend, product
+    def __init__(self, rows: int, heads: int, device: torch.device | str) -> None:
         self.cores = torch.cuda.get_device_properties(device).multi_processor_count
         # A core has room for four programs; to join more than 8 parts costs more than it saves
         self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * rows * heads <= 4 * self.cores)
@@ -1758,27 +1768,29 @@ class Kernels:
 
     def attention(self, qkv: Tensor, layer: Attention, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                   cache: KVCache) -> Tensor:
-        """What Attention.forward does between its two projections: qkv (B, T, 3*C) -> (B, T, C), keys and values stored.
+        """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C), keys and values stored.
 
-        For up to 16 new positions, the least that a product of matrices has rows, all of it is one kernel. For more, the
-        kernel does what comes before attention, and SDPA that.
+        For up to 16 new positions, the least that a product of matrices has rows, all of it is one kernel. For more,
+        the kernel does what comes before attention, and SDPA that.
         """
         (B, T, _), H, D = qkv.shape, layer.num_heads, layer.head_dim
         keys, values, N = cache.keys[layer.layer], cache.values[layer.layer], cache.keys.shape[3]
         M, splits = (16, self.splits) if T <= 16 else (32, 0)
+        P = min(64, 8192 // (D * qkv.itemsize))  # 8 KiB of keys
         norms = [*layer.q_layernorm.parameters(), *layer.k_layernorm.parameters()] or [None] * 4
-        qkv, cos, sin = qkv.contiguous(), rope[0].contiguous(), rope[1].contiguous()
+        qkv, cos, sin = (x.contiguous() for x in (qkv.to(keys.dtype), *rope))  # another dtype: that of autocast
         seen = mask.contiguous() if mask is not None and T <= 16 else None
         rope_stride = 0 if len(cos) == 1 else cos[0].numel()
         mask_stride, width = (0, 0) if seen is None else (seen[0].numel() * (len(seen) > 1), seen.shape[3])
         out = qkv.new_empty(B, T, H, D)
         parts = qkv.new_empty(splits, B, T, H, D, dtype=torch.float32)
         lse = qkv.new_empty(splits, B, T, H, dtype=torch.float32)
+        attend, _ = gpu_kernels()
         with torch.cuda.device_of(qkv):
-            self.attend[B * H, -(-T // M), max(splits, 1)](
+            attend[B * H, -(-T // M), max(splits, 1)](
                 qkv, *norms, layer.eps, cos, sin, rope_stride, seen, mask_stride, width, keys, values, cache.position,
-                out, parts, lse, self.arrived, B, T, N, H, D, 2 * cos.shape[3], M, min(64, 8192 // (D * qkv.itemsize)),
-                splits, enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
+                out, parts, lse, self.arrived, B, T, N, H, D, 2 * cos.shape[3], M, P, splits,
+                enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
         if T <= 16:
             return out.flatten(2)
         S = cache.length + T
@@ -1792,8 +1804,9 @@ class Kernels:
         O, C = linear.weight.shape
         rows, P = min(2 if C <= 4096 else 1, O & -O), min(4096, C & -C)  # powers of two that divide O and C
         y = x.new_empty(1, 1, O)
+        _, product = gpu_kernels()
         with torch.cuda.device_of(x):
-            self.product[min(4 * self.cores, O // rows),](
+            product[min(4 * self.cores, O // rows),](
                 x, linear.weight, linear.bias, *((None, None) if norm is None else (norm.weight, norm.bias)),
                 0.0 if norm is None else norm.eps, others, y, O, C, rows, P, square, num_warps=8, enable_fp_fusion=True)
         return y
@@ -1801,24 +1814,35 @@ class Kernels:
 
 def kernels_for(config: PersimmonConfig, batch_size: int, device: torch.device | str) -> Kernels | None:
     """The kernels for a cache; None where they do not work, as on a CPU."""
-    found = gpu_kernels() if torch.device(device).type == "cuda" else None
-    if found is None or config.head_dim not in (16, 32, 64, 128):
+    if torch.device(device).type != "cuda" or gpu_kernels() is None or config.head_dim not in (16, 32, 64, 128):
         return None
     from triton.runtime import driver
 
     try:
         driver.active.get_current_target()
     except Exception as error:  # of many kinds: it builds a library, which needs a C compiler and Python's headers
-        warnings.warn(f"Triton does not work here ({error}): attention is PyTorch's", stacklevel=3)
+        warnings.warn(f"Triton does not work here ({error}): decoding is slower without its kernels", stacklevel=3)
         return None
-    return Kernels(*found, batch_size, config.num_attention_heads, device)
+    return Kernels(batch_size, config.num_attention_heads, device)
 
 
 def is_plain(model: PersimmonForCausalLM) -> bool:
-    """Whether the model's parts are this file's, none quantized or replaced: then decode_one computes the same."""
+    """Whether the model is this file's, so that decode_one computes the same: no part quantized, replaced or hooked.
+
+    Nor may a matrix lie transposed, as in a model that was loaded for a CPU and then moved: give from_pretrained the
+    device. Nor may it be of a width for which `product` would have many blocks, and take long to compile.
+    """
     parts = {PersimmonForCausalLM, PersimmonModel, Block, Attention, MLP, Linear, SparseLinear,
              nn.ModuleList, nn.Embedding, nn.LayerNorm, nn.Identity, nn.Dropout}
-    return all(type(m) in parts and (not isinstance(m, Linear) or m.weight.is_contiguous()) for m in model.modules())
+
+    def is_known(part: nn.Module) -> bool:
+        is_ours = type(part) in parts and all(type(p) is nn.Parameter for p in part.parameters(recurse=False))
+        is_hooked = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        return is_ours and not is_hooked
+
+    linears = [part for part in model.modules() if isinstance(part, Linear)]
+    return all(map(is_known, model.modules())) and all(
+        x.weight.is_contiguous() and x.in_features // min(4096, x.in_features & -x.in_features) <= 16 for x in linears)
 
 
 def decode_one(model: PersimmonForCausalLM, ids: Tensor, cache: KVCache, tables: tuple[Tensor, Tensor]) -> Tensor:

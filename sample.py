@@ -500,7 +500,8 @@ def bench(args: argparse.Namespace, device: str, progress: Callable[[float], Non
     size = sum(x.nbytes for x in model.state_dict().values())
     name = f"{args.random} random" if args.random else args.model.name
     kind = {None: str(weight.dtype).removeprefix("torch."), "int8": "int8", "int4": f"int4 g{config.group_size}"}
-    place = device if device != "cpu" else f"{torch.get_num_threads()} threads"
+    place = f"{torch.get_num_threads()} threads" if device == "cpu" else device
+    place = torch.cuda.get_device_name(device) if device.startswith("cuda") else place
     facts = f"{name} | {size / 1e9:.2f} GB | {params / 1e9:.2f} B | {kind[config.quantize]} | {place}"
     rows: list[tuple[str, list[float], float, str, float | None]] = []  # test, tok/s, work a token, unit, not zero
 
@@ -669,7 +670,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError, RecursionError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        text = f"{error} {error.__context__}"  # while a GPU's work is recorded, the reason is in the context
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", text):
             raise
         print("sample.py: error: out of memory: try a smaller --ctx-size, --max-tokens or --num-samples, or another "
               "--dtype", file=sys.stderr)

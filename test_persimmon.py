@@ -189,7 +189,7 @@ def random_ids(config: PersimmonConfig, rows: int = B, length: int = T, seed: in
     return torch.randint(6, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def small(folders) -> PersimmonForCausalLM:
     return PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
 
@@ -1167,7 +1167,7 @@ def kernels(monkeypatch):
         monkeypatch.setattr(persimmon, "record", run_again)
 
     def make(rows: int, heads: int, splits: int | None = None) -> persimmon.Kernels:
-        found = persimmon.Kernels(*persimmon.gpu_kernels(), rows, heads, DEVICE)
+        found = persimmon.Kernels(rows, heads, DEVICE)
         found.splits = splits or found.splits
         return found
 
@@ -1275,6 +1275,7 @@ def test_kernel_runs_as_linear(kernels, dtype):
         norm = torch.nn.LayerNorm(C, 1e-3).to(DEVICE, dtype) if has_norm else None
         for p in (*linear.parameters(), *(norm.parameters() if has_norm else ())):
             p.data = torch.randn_like(p)
+        linear.weight.data /= C**0.5  # float16 would overflow
         x, r = (torch.randn(1, 1, n, device=DEVICE).to(dtype) + 0.5 for n in (C, O))
         with torch.no_grad():
             y = kernels.linear(x, linear, norm, r if others else None, square)
@@ -1341,6 +1342,20 @@ def test_a_recording_keeps_what_it_reads(folders):
             step = persimmon.recorded_step(model, cache, mask)
             junk = [torch.full((n,), math.nan, device=DEVICE) for n in (1, 8, 64, 128, 256, 512, 1024, 4096, 10**5) * 100]
             assert close(step(ids[:rows, :1]), expected, 1e-4) and cache.length == 22 and len(junk) == 900
+
+
+@on_a_gpu
+def test_autocast_and_copies_of_a_cache(folders):
+    model = PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], device=DEVICE)
+    ids = random_ids(model.config, length=21).to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        a, b = (KVCache(model.config, B, 30, torch.float32, DEVICE) for _ in range(2))
+        b.kernels = None
+        for start, stop in ((0, 9), (9, 21), (21, 22)):
+            chunk = ids[:, start:stop] if start < 21 else ids[:, :1]
+            assert close(model(chunk, cache=a).logits, model(chunk, cache=b).logits, 0.1)
+    branch = copy.deepcopy(a)
+    assert branch.length == 22 and torch.equal(model(ids[:, :1], cache=a).logits, model(ids[:, :1], cache=branch).logits)
 
 
 @on_a_gpu
@@ -1424,12 +1439,12 @@ def test_where_the_kernels_are_used(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
     monkeypatch.setattr(persimmon, "gpu_kernels", lambda: pair)
     monkeypatch.setattr("triton.runtime.driver", argparse.Namespace(active=argparse.Namespace()))
-    with pytest.warns(UserWarning, match="Triton does not work here .*: attention is PyTorch's"):
+    with pytest.warns(UserWarning, match="Triton does not work here .*: decoding is slower"):
         assert persimmon.kernels_for(CONFIGS["D64"], 1, "cuda") is None
     monkeypatch.setattr("triton.runtime.driver.active.get_current_target", lambda: None, raising=False)
     for rows, splits in ((1, 8), (33, 8), (34, 4), (132, 2), (133, 1), (300, 1)):
         kernels = persimmon.kernels_for(CONFIGS["D64"], rows, "cuda:1")
-        assert (kernels.attend, kernels.product) == pair and kernels.splits == splits
+        assert kernels.splits == splits
         assert kernels.arrived.shape == (rows * CONFIGS["D64"].num_attention_heads,)
     assert persimmon.kernels_for(CONFIGS["D64"], 1, "cpu") is None
     assert persimmon.kernels_for(CONFIGS["no QK-norm, other RoPE"], 1, "cuda") is None
@@ -1452,19 +1467,30 @@ def test_recorded_decoding(pair, monkeypatch):
             patch.setattr(persimmon, "kernels_for", lambda *_: None)
             return model.generate(*arguments, **options)
 
-    quantized = quantize_model(copy.deepcopy(model), "int8")
-    other = copy.deepcopy(model)
-    other.model.layers[0].mlp.dense_h_to_4h = torch.nn.Sequential(other.model.layers[0].mlp.dense_h_to_4h)
-    transposed = with_transposed_weights(model)
-    assert not any(map(persimmon.is_plain, (quantized, other, transposed)))
-    for case in ((model, ids, mask), (model, ids, None), (model, ids[:1], holes), (quantized, ids[:1]), (other, ids[:1]),
-                 (transposed, ids[:1]), (model, ids[1:])):  # fmt: skip
+    def changed(change):
+        other = copy.deepcopy(model)
+        return change(other, other.model.layers[0].mlp) or other
+
+    def halve(module, inputs, output):
+        return output / 2
+
+    special = [changed(change) for change in (
+        lambda other, mlp: quantize_model(other, "int8"),
+        lambda other, mlp: setattr(mlp, "dense_h_to_4h", torch.nn.Sequential(mlp.dense_h_to_4h).eval()),
+        lambda other, mlp: mlp.register_forward_hook(halve) and None,
+        lambda other, mlp: setattr(mlp, "forward", lambda x: x),
+        lambda other, mlp: with_transposed_weights(other))]  # fmt: skip
+    assert not any(map(persimmon.is_plain, special))
+    wide = PersimmonConfig(hidden_size=32, num_attention_heads=2, vocab_size=8, num_hidden_layers=1, intermediate_size=68)
+    assert [persimmon.is_plain(PersimmonForCausalLM(replace(wide, intermediate_size=n))) for n in (68, 64)] == [False, True]
+    for case in ((model, ids, mask), (model, ids, None), (model, ids[:1], holes), *((other, ids[:1]) for other in special),
+                 (model, ids[1:])):  # fmt: skip
         options = {"max_new_tokens": 8, "repetition_penalty": 1.2}
         assert torch.equal(case[0].generate(*case[1:], **options), expected(*case, **options))
         is_alone = case[0] is model and len(case) == 2 and persimmon.is_plain(model)
         passes = 8 + 1  # a recording here is one more
         assert made[-1].calls == Counter(attention=passes * L, linear=8 * (4 * L + 1) * is_alone)
-    assert len(recorded) == 7
+    assert len(recorded) == 9
     cache, text = KVCache(model.config, 1, 40, torch.float32, "cpu"), ids[:1]
     cache.values.fill_(math.nan), cache.keys.fill_(math.nan)  # what lies behind the end is not looked at
     for _ in range(2):
@@ -1474,10 +1500,16 @@ def test_recorded_decoding(pair, monkeypatch):
         text = torch.cat((answer, ids[1:, :3]), 1)
     count = len(recorded)
     model.generate(ids, max_new_tokens=1)
-    model.train().generate(ids, max_new_tokens=3)  # with dropout, which the kernels do not know
+    made[-1].calls.clear()
+    model.train().generate(ids, max_new_tokens=3)
     assert len(recorded) == count and not made[-1].calls
     model.eval()(ids, cache=KVCache(model.config, 2, 9, torch.float32, "cpu"))  # gradients are enabled
     assert not made[-1].calls
+    model.model.layers[0].train()
+    model.generate(ids, max_new_tokens=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.eval().generate(ids, max_new_tokens=3)
+    assert len(recorded) == count
 
 
 def test_on_host(small, monkeypatch):
@@ -3248,21 +3280,75 @@ def with_plain_linears(model: PersimmonForCausalLM) -> PersimmonForCausalLM:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+def two_models(layers: int, vocab_size: int, device: str) -> tuple[PersimmonForCausalLM, transformers.PersimmonForCausalLM]:
+    """Ours and transformers', with the same random bfloat16 weights of full width."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    config = PersimmonConfig(num_hidden_layers=layers, vocab_size=vocab_size, bos_token_id=1, eos_token_id=1)
+    raw = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype", "torch_dtype")}
+    with torch.device(device):
+        theirs = transformers.PersimmonForCausalLM._from_config(
+            transformers.PersimmonConfig(**raw), dtype=torch.bfloat16).eval()  # fmt: skip
+    with torch.device("meta"):
+        ours = PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    return ours, theirs
+
+
+def gpu_benchmark(layers: int, vocab_size: int, rounds: int) -> None:
+    """Time new tokens after contexts of several lengths, and the first one, with our `generate` and transformers'.
+
+    Prints medians over the rounds, in which both take turns: transformers with the cache that it takes by default, and
+    last, for a short context, with its static cache, for which it compiles the model.
+    """
+    ours, theirs = two_models(layers, vocab_size, "cuda")
+    theirs.generation_config.eos_token_id = None
+    print(f"{torch.cuda.get_device_name()}; full width, {layers} layers, vocabulary {vocab_size}, random weights, bfloat16; "
+          f"torch {torch.__version__}, transformers {transformers.__version__}; {rounds} rounds", flush=True)  # fmt: skip
+
+    def our_times(ids: torch.Tensor, n: int = 33) -> tuple[float, float]:
+        """Seconds to the first token, and for each one after the second."""
+        times = [time.perf_counter()]
+        times += [time.perf_counter() for _ in generate(ours, ids, max_new_tokens=n, stop_ids=())]
+        return times[1] - times[0], (times[-1] - times[2]) / (n - 2)
+
+    def their_times(ids: torch.Tensor, n: int = 33, **options) -> tuple[float, float]:
+        seconds = []
+        for tokens in (1, n):
+            start = time.perf_counter()
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                            pad_token_id=0, **options)  # fmt: skip
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], (seconds[1] - seconds[0]) / (n - 1)
+
+    ways = {"persimmon.py": our_times, "transformers": their_times,
+            "transformers, static cache": partial(their_times, cache_implementation="static")}  # fmt: skip
+    for S, rows, names in ((128, 1, 2), (2048, 1, 2), (8192, 1, 2), (16000, 1, 2), (128, 16, 2), (2048, 16, 2), (128, 1, 3)):
+        ids = random_ids(ours.config, rows, S).cuda()
+        results = {name: [] for name in [*ways][:names]}
+        for n in range(rounds + 1):  # the first round is to warm up
+            for name, times in results.items():
+                start = time.perf_counter()
+                found = ways[name](ids)
+                if n > 0:
+                    times.append(found)
+                elif names == 3:
+                    print(f"{name}: warm after {time.perf_counter() - start:.1f} s", flush=True)
+        for name, times in results.items():
+            first, each = map(statistics.median, zip(*times))
+            print(f"{rows:2} x {S:5}  {name:27} first token {1e3 * first:8.1f} ms, then {1e3 * each:7.3f} ms a step, "
+                  f"{rows / each:7.1f} tok/s", flush=True)  # fmt: skip
+
+
 def benchmark(layers: int, vocab_size: int, rounds: int) -> None:
     """Time our model and transformers' in turns, in one process, on the same random bfloat16 weights of full width.
 
     Prints medians over the rounds, of each of our ways beside transformers' in the same rounds, and how far logits are
     from those of transformers.
     """
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    config = PersimmonConfig(num_hidden_layers=layers, vocab_size=vocab_size, bos_token_id=1, eos_token_id=1)
-    raw = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "dtype", "torch_dtype")}
-    theirs = transformers.PersimmonForCausalLM._from_config(
-        transformers.PersimmonConfig(**raw), dtype=torch.bfloat16).eval()  # fmt: skip
-    with torch.device("meta"):
-        ours = PersimmonForCausalLM(config).eval()
-    ours.load_state_dict(theirs.state_dict(), assign=True)
+    ours, theirs = two_models(layers, vocab_size, "cpu")
+    config = ours.config
     down = [block.mlp.dense_4h_to_h for block in ours.model.layers]
     plain = [layer.weight.data for layer in down]
     for layer in down:
@@ -3347,4 +3433,6 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    benchmark(**vars(parser.parse_args()))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    args = vars(parser.parse_args())
+    (gpu_benchmark if args.pop("device") == "cuda" else benchmark)(**args)
