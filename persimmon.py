@@ -1149,9 +1149,6 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     elif is_padded or cache.length >= T:
         raise ValueError(f"a cache that holds {cache.length} positions is for a prompt that is longer, and not padded: "
                          f"this one has {T} positions")
-    # In training there is dropout, which the kernels do not know; autocast frees the weights that it has cast.
-    is_training = any(part.training for part in model.modules() if isinstance(part, (Attention, nn.Dropout)))
-    is_recorded = cache.kernels is not None and not is_training and not torch.is_autocast_enabled(device.type)
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1)  # (B, T + steps - 1), for the last token is not read
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
     seen.scatter_(1, torch.where(mask[:, :T] > 0, ids, ids[:, -1:]), True)  # in place of padding, the row's last id
@@ -1166,8 +1163,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         """Each step's ids (B) and their log-probabilities (B), on the device, which nothing in here waits for."""
         ids = ids[:, cache.length :]  # the first pass is over what the cache has not seen, the others over one position
         for step in range(1, steps + 1):
-            if step == 2 and is_recorded:  # section 11
-                forward = recorded_step(model, cache, mask if is_padded else None)
+            if step == 2 and cache.kernels is not None:  # section 11
+                forward = recorded_step(model, cache, mask if is_padded else None) or forward
             logits = forward(ids)[:, 0].float()  # (B, V)
             penalized = logits  # (B, V)
             if repetition_penalty != 1:
@@ -1524,13 +1521,19 @@ def record(forward: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[Tensor
     return replay
 
 
-def recorded_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+def recorded_step(model: PersimmonForCausalLM, cache: KVCache,
+                  mask: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """A function from the ids of one more position, (B, 1), to logits, (B, 1, V), as model(ids, mask, cache=cache) has.
 
     mask is None or the attention_mask (B, S) of all positions that there may be. The next call overwrites the logits.
     Hooks of modules run while the pass is recorded, and not again. To record takes 20 ms on an H200, little enough to
     do it anew for each text: so no recording outlives a cache, or weights that have been replaced.
+
+    None in training, for the kernels know no dropout, and under autocast, which frees the weights that it has cast.
     """
+    is_training = any(part.training for part in model.modules() if isinstance(part, (Attention, nn.Dropout)))
+    if is_training or torch.is_autocast_enabled(cache.keys.device.type):
+        return None
     B, N = cache.keys.shape[1], cache.keys.shape[3]
     fixed, ids = FixedShapes(cache), torch.zeros(B, 1, dtype=torch.long, device=cache.keys.device)
     whole_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))
@@ -1557,8 +1560,8 @@ def recorded_step(model: PersimmonForCausalLM, cache: KVCache, mask: Tensor | No
 # Two Triton kernels: `attend`, for all that lies between the QKV projection and the output of attention, and `product`,
 # for one row times a matrix with what stands before and after it. For a token, a layer is then five kernels, where
 # PyTorch's would be twenty, each of which lets the memory wait. Everything works without them, as with cache.kernels =
-# None. To leave them out, delete this section and section 11, `kernels` in KVCache, `is_recorded` in `generate`, the
-# branch of Attention.forward and the import of lru_cache.
+# None. To leave them out, delete this section and section 11, `kernels` in KVCache and in `generate`, the branch of
+# Attention.forward and the import of lru_cache.
 
 
 @lru_cache
