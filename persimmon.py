@@ -372,6 +372,13 @@ class SparseLinear(Linear):
         if self.weight.nbytes >= self.large:
             self.weight.data = self.weight.data.t().contiguous().t()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """What `.to` and its like do to a module; off the CPU, the weight is laid out as usual again."""
+        super()._apply(fn, recurse)
+        if self.weight.device.type != "cpu":
+            self.weight.data = self.weight.data.contiguous()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> (..., C)"""
         table = self.weight.t()  # (F, C)
@@ -1832,8 +1839,7 @@ def kernels_for(config: PersimmonConfig, batch_size: int, device: torch.device |
 def is_plain(model: PersimmonForCausalLM) -> bool:
     """Whether the model is this file's, so that decode_one computes the same: no part quantized, replaced or hooked.
 
-    Nor may a matrix lie transposed, as in a model that was loaded for a CPU and then moved: give from_pretrained the
-    device. Nor may it be of a width for which `product` would have many blocks, and take long to compile.
+    Nor may a matrix lie transposed, or be of a width for which `product` would have many blocks and take long to compile.
     """
     parts = {PersimmonForCausalLM, PersimmonModel, Block, Attention, MLP, Linear, SparseLinear,
              nn.ModuleList, nn.Embedding, nn.LayerNorm, nn.Identity, nn.Dropout}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import enum
 import fcntl
@@ -30,6 +31,7 @@ import tarfile
 import termios
 import time
 import warnings
+import weakref
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -706,6 +708,8 @@ def test_loading_transposes_what_is_large(folders, monkeypatch):
             assert p.is_contiguous() != (is_transposed and name.endswith("dense_4h_to_h.weight"))
         for name, p in load_file(folder / "model.safetensors").items():
             assert torch.equal(model.state_dict()[name], p)
+        assert persimmon.is_plain(model) == persimmon.is_plain(model.float()) == (not is_transposed)
+        assert persimmon.is_plain(model.to("meta"))  # or any other device
     monkeypatch.setattr(Linear, "large", 48 * 80 * 4 + 1)
     assert all(p.is_contiguous() for p in PersimmonForCausalLM.from_pretrained(folder).parameters())
 
@@ -1329,6 +1333,22 @@ def test_kernel_runs_in_the_model(kernels, folders, monkeypatch, name):
             assert torch.equal(y, other.generate(x, max_new_tokens=few, **options)), options
 
 
+def test_record(monkeypatch):
+    """Once to prepare and once to record, then only replays; what the pass reads stays in memory. No GPU takes part."""
+    graph, stream = Mock(), Mock()
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(persimmon, "recording_stream", lambda device: stream)
+    ids, read, calls = torch.tensor([[3]]), torch.tensor([2.0]), []
+    kept = weakref.ref(read)
+    replay = persimmon.record(lambda ids, read=read: calls.append(1) or ids * read, ids)
+    del read
+    assert replay(torch.tensor([[5]])).item() == 6 and ids.item() == 5  # what the replay writes is the GPU's business
+    assert kept() is not None and len(calls) == 2 and graph.replay.call_count == 1
+
+
 @on_a_gpu
 def test_a_recording_keeps_what_it_reads(folders):
     """Memory that is free after recording, filled with NaN, changes nothing."""
@@ -1475,11 +1495,15 @@ def test_recorded_decoding(pair, monkeypatch):
     def halve(module, inputs, output):
         return output / 2
 
+    class Packed(torch.Tensor):
+        """As weights of torchao's are, which a kernel can't read."""
+
     special = [changed(change) for change in (
         lambda other, mlp: quantize_model(other, "int8"),
         lambda other, mlp: setattr(mlp, "dense_h_to_4h", torch.nn.Sequential(mlp.dense_h_to_4h).eval()),
         lambda other, mlp: mlp.register_forward_hook(halve) and None,
         lambda other, mlp: setattr(mlp, "forward", lambda x: x),
+        lambda other, mlp: setattr(mlp.dense_4h_to_h, "bias", torch.nn.Parameter(mlp.dense_4h_to_h.bias.data.as_subclass(Packed))),
         lambda other, mlp: with_transposed_weights(other))]  # fmt: skip
     assert not any(map(persimmon.is_plain, special))
     wide = PersimmonConfig(hidden_size=32, num_attention_heads=2, vocab_size=8, num_hidden_layers=1, intermediate_size=68)
@@ -1491,7 +1515,7 @@ def test_recorded_decoding(pair, monkeypatch):
         is_alone = case[0] is model and len(case) == 2 and persimmon.is_plain(model)
         passes = 8 + 1  # a recording here is one more
         assert made[-1].calls == Counter(attention=passes * L, linear=8 * (4 * L + 1) * is_alone)
-    assert len(recorded) == 9
+    assert len(recorded) == 10
     cache, text = KVCache(model.config, 1, 40, torch.float32, "cpu"), ids[:1]
     cache.values.fill_(math.nan), cache.keys.fill_(math.nan)  # what lies behind the end is not looked at
     for _ in range(2):
