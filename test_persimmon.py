@@ -1198,8 +1198,8 @@ MASKS = ("none", "padding", "holes")
 @pytest.mark.parametrize("T", [1, 2, 5, 17, 64, 100])
 def test_kernel_runs_as_plain_attention(kernels, T):
     """Against the module in float32, with the same input: result, what is written to the cache, what is not."""
-    random.seed(T)
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    random.seed(T), torch.manual_seed(T)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # q, k and p are rounded, scores are large
     for cached, dtype in itertools.product((0, 1, 63, 64, 65, 200, 400), tolerance):
         S = T + cached
         has_norm, kind, splits, rows = random.random() < 0.7, random.choice(MASKS), random.choice((1, 2, 8)), 2
@@ -1242,7 +1242,7 @@ def test_kernel_runs_as_plain_attention(kernels, T):
         new = slice(cached, S)
         assert torch.equal(cache.values[..., new, :].float(), exact.values[..., new, :]), case
         k = exact.keys[..., new, :]
-        assert (cache.keys[..., new, :].float() - k).norm() < tolerance[dtype] / 2 * k.norm(), case
+        assert (cache.keys[..., new, :].float() - k).norm() < tolerance[dtype] / 4 * k.norm(), case
         for block, old in zip((cache.keys, cache.values), before):
             assert torch.equal(block[..., :cached, :], old[..., :cached, :]) and block[..., S:, :].isnan().all(), case
         assert not cache.kernels.arrived.any(), case  # ready for the next launch
@@ -1271,6 +1271,7 @@ def test_kernel_runs_within_the_cache(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernel_runs_as_linear(kernels, dtype):
     """With and without what can stand around a product; sizes that powers of two divide often, seldom and not at all."""
+    torch.manual_seed(0)
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     kernels = kernels(1, 2)
     shapes = itertools.cycle(((64, 128), (96, 40), (208, 33), (13, 8), (4096, 24), (8192, 6), (16, 2)))
