@@ -1178,7 +1178,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
                 penalized = apply_repetition_penalty(logits, seen, repetition_penalty)  # (B, V)
             ids = sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
             seen.scatter_(1, ids, True)
-            yield ids[:, 0], logits.gather(1, ids)[:, 0] - logits.logsumexp(-1)  # log_softmax takes twice the time
+            yield ids[:, 0], logits.gather(1, ids)[:, 0] - logits.logsumexp(-1)  # log_softmax is slower
 
     for step, (tokens, logprobs) in enumerate(on_host(passes(ids, forward), lag=int(device.type == "cuda")), start=1):
         if any(map(math.isnan, logprobs)):
@@ -1577,7 +1577,7 @@ def gpu_kernels() -> tuple[Any, Any] | None:
     and p have the model's dtype.
 
     The programs of a launch of `attend` share the work by rows and heads, and by up to `SPLITS` parts of the keys. Each
-    takes its queries q (M, D) past its keys k and values v (P, D), block by block, with the online softmax (Milakov and
+    takes M queries q (M, D) past its keys k and values v (P, D), block by block, with the online softmax (Milakov and
     Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., 2205.14135). The largest score so far is m (M); the sum of
     weights, l (M), and of weighted values, y (M, D), are kept as if m had been subtracted from all scores:
 
@@ -1721,37 +1721,37 @@ def gpu_kernels() -> tuple[Any, Any] | None:
 
     @triton.jit
     def product(x, weight, bias, norm_weight, norm_bias, eps, others, y, O, C: tl.constexpr,
-                ROWS: tl.constexpr, P: tl.constexpr, SQUARE: tl.constexpr):
-        """y (O) = f(W LayerNorm(x) + b) + others, W in blocks of (ROWS, P): each program takes ROWS outputs at a time.
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr, SQUARE: tl.constexpr):
+        """y (O) = f(W LayerNorm(x) + b) + others, where f is relu(.)**2 if SQUARE; what is None is left out.
 
-        f is relu(.)**2 if SQUARE; LayerNorm, b and others are left out where they are None. Each block of W is asked
-        for before what comes before it is needed, the first one before all else: the memory is never without work.
+        Each program takes ROWS outputs at a time, and W in blocks of (ROWS, COLUMNS). A block is asked for before the
+        one in front of it is used, the first one before all else: the memory is never without work.
         """
-        o, c = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, P)
+        o, c = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, COLUMNS)
         first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
         w = tl.load(weight + (first + o)[:, None] * C + c[None, :], eviction_policy="evict_first")
         mean, scale = 0.0, 1.0
         if norm_weight is not None:
-            total = tl.zeros((P,), tl.float32)
-            for column in tl.static_range(0, C, P):
+            total = tl.zeros((COLUMNS,), tl.float32)
+            for column in tl.static_range(0, C, COLUMNS):
                 total += tl.load(x + column + c).to(tl.float32)
             mean = tl.sum(total, 0) / C
-            total = tl.zeros((P,), tl.float32)
-            for column in tl.static_range(0, C, P):
+            total = tl.zeros((COLUMNS,), tl.float32)
+            for column in tl.static_range(0, C, COLUMNS):
                 distance = tl.load(x + column + c).to(tl.float32) - mean
                 total += distance * distance
             scale = 1 / tl.sqrt(tl.sum(total, 0) / C + eps)
         v = normed(x, norm_weight, norm_bias, mean, scale, c)
         for start in range(first, O, step):
-            sums = tl.zeros((ROWS, P), tl.float32)
-            for column in tl.static_range(0, C, P):
-                if column + P < C:
-                    ahead = tl.load(weight + (start + o)[:, None] * C + (column + P + c)[None, :],
+            sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for column in tl.static_range(0, C, COLUMNS):
+                if column + COLUMNS < C:
+                    ahead = tl.load(weight + (start + o)[:, None] * C + (column + COLUMNS + c)[None, :],
                                     eviction_policy="evict_first")
                 else:
                     ahead = tl.load(weight + (start + step + o)[:, None] * C + c[None, :],
                                     mask=(start + step + o < O)[:, None], eviction_policy="evict_first")
-                if C > P:
+                if C > COLUMNS:
                     v = normed(x, norm_weight, norm_bias, mean, scale, column + c)
                 sums += w.to(tl.float32) * v[None, :]
                 w = ahead
@@ -1781,13 +1781,13 @@ class Kernels:
                   cache: KVCache) -> Tensor:
         """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C), keys and values stored.
 
-        For up to 16 new positions, the least that a product of matrices has rows, all of it is one kernel. For more,
-        the kernel does what comes before attention, and SDPA that.
+        For up to 16 new positions all of it is one kernel (a GPU's product of matrices has 16 rows at least). For more,
+        the kernel does what comes before attention, and SDPA attends, which is quicker then.
         """
         (B, T, _), H, D = qkv.shape, layer.num_heads, layer.head_dim
         keys, values, N = cache.keys[layer.layer], cache.values[layer.layer], cache.keys.shape[3]
         M, splits = (16, self.splits) if T <= 16 else (32, 0)
-        P = min(64, 8192 // (D * qkv.itemsize))  # 8 KiB of keys
+        P = min(64, 8192 // (D * keys.itemsize))  # 8 KiB of keys
         norms = [*layer.q_layernorm.parameters(), *layer.k_layernorm.parameters()] or [None] * 4
         qkv, cos, sin = (x.contiguous() for x in (qkv.to(keys.dtype), *rope))  # another dtype: that of autocast
         seen = mask.contiguous() if mask is not None and T <= 16 else None
@@ -1814,13 +1814,14 @@ class Kernels:
         """f(linear(norm(x))) + others, (1, 1, O), for one row x (1, 1, C), where f is relu(.)**2 if `square`."""
         O, C = linear.weight.shape
         # Powers of two that divide O and C. The sizes, warps and programs are the quickest of many tried on an H200
-        rows, P = min(2 if C <= 4096 else 1, O & -O), min(4096, C & -C)
+        rows, columns = min(2 if C <= 4096 else 1, O & -O), min(4096, C & -C)
         y = x.new_empty(1, 1, O)
         _, product = gpu_kernels()
         with torch.cuda.device_of(x):
             product[min(4 * self.cores, O // rows),](
                 x, linear.weight, linear.bias, *((None, None) if norm is None else (norm.weight, norm.bias)),
-                0.0 if norm is None else norm.eps, others, y, O, C, rows, P, square, num_warps=8, enable_fp_fusion=True)
+                0.0 if norm is None else norm.eps, others, y, O, C, rows, columns, square, num_warps=8,
+                enable_fp_fusion=True)
         return y
 
 
