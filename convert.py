@@ -1,22 +1,21 @@
-"""Convert Persimmon weights to a folder that persimmon.py and transformers load: `python convert.py SOURCE OUTPUT`.
+"""Convert Persimmon weights to a folder that persimmon.py and transformers load.
 
-SOURCE is one of
-    Adept's release: 8b_chat_model_release.tar (read in place), the folder unpacked from it, or its model_optim_rng.pt
-    a folder from the hub: pytorch_model-0000N-of-0000M.bin with an index, or one pytorch_model.bin
-    a folder with safetensors, to change dtype or shard size
-
-Nothing in a pickle is executed: torch's weights-only unpickler reads it, with inert stand-ins for the classes it names,
-and finds names, shapes and file offsets; the numbers come straight from a map of the file, a piece at a time. OUTPUT
-appears when it is complete and has been read back, or not at all. Exit codes: 0; 2 for an error; 130 after Ctrl-C.
+No pickle is ever unpickled: `read_pickle` interprets its opcodes, builds dicts, lists and numbers,
+and takes down what should be called instead of calling it. One tensor at a time is in memory.
+OUTPUT appears once it is complete and has been read back, or not at all. Exit codes: 0; 2 for an
+error; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
+import pickletools
 import re
 import shutil
 import signal
@@ -25,679 +24,542 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; prints one sentence and exits with 2 if it is wrong."""
+    parser = argparse.ArgumentParser(description="Convert Persimmon weights to safetensors.",
+                                     allow_abbrev=False)
+    parser.error = lambda text: parser.exit(2, f"convert.py: error: {text} (see --help)\n")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="Adept's .tar, the folder unpacked from it, or "
+        "its model_optim_rng.pt; a folder with pytorch_model*.bin or with safetensors")
+    add("output", metavar="OUTPUT", type=Path, help="folder to make")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="(default: SOURCE's)")
+    add("--quantize", choices=("int8", "int4"), help="of the matrices; for persimmon.py alone")
+    add("--group-size", type=int, choices=(32, 64, 128), default=128, help="of int4 (default: 128)")
+    add("--tokenizer", metavar="FILE", type=Path, help="a SentencePiece model, if SOURCE has none")
+    add("--verify", action="store_true", help="compare the .tar with Adept's published MD5 first")
+    add("--dry-run", action="store_true", help="look at everything, write nothing")
+    add("--force", action="store_true", help="replace OUTPUT, if it is a model's folder")
+    for option in [a.partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)]:
+        if option in ("--drop-unused", "--shard-size"):
+            parser.error(f"{option} is gone: all rows are kept, in files of up to 5 GB")
+    args = parser.parse_args(argv)
+    if find_spec("torch") is None:
+        parser.error("torch is not installed: `pip install -r requirements.txt` does it")
+    return args
+
 
 if __name__ == "__main__":
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: errors have nowhere to go
+    parse_arguments(None)  # --help and wrong options do not wait for torch
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while torch is imported
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-import torch
-from torch import Tensor, nn
-
-import persimmon
-from persimmon import (
-    SAFETENSORS_DTYPES,
-    PersimmonConfig,
-    PersimmonPreTrainedModel,
-    QuantizedLinear,
-    Tokenizer,
-    safetensors_header,
-    tensor_files,
-)
-from persimmon import _require as require
+import persimmon  # noqa: E402
 
 PIECE = 1 << 26  # bytes that are copied at once
-MD5 = {  # of Adept's two releases, from their README
-    "cd0320cba9efad9ccd18e9ec4d16ae1b": "the base model",
-    "663aeace07269c44e90f4e8bcd07f32a": "the chat model",
-}
-
-# What a source may hold beside weights, by the end of its name, and why it is left out.
-IGNORED = {
-    "rotary_emb.inv_freq": "computed from rope_theta",
-    "args": "becomes config.json",
-    "iteration": "a number of the training run",
-    "checkpoint_version": "a number of Megatron's",
-    "tokens": "a number of the training run",
-    "rng_state": "of the training run",
-    "optimizer": "of the training run",
-    "opt_param_scheduler": "of the training run",
-}
-# Megatron's names -> transformers'; what follows the part replaced is the same.
-RENAMED = {
+SHARD = 5 * 10**9  # bytes of a file
+SMALL = 1 << 22  # bytes of a pickle, or of all headers of an archive: more is an attack
+MD5 = {"cd0320cba9efad9ccd18e9ec4d16ae1b": "base", "663aeace07269c44e90f4e8bcd07f32a": "chat"}
+# What a source may hold beside weights, at the end of a name. rotary_emb.inv_freq is computed from
+# rope_theta, args becomes config.json, the others are of the training run.
+IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|args|iteration|checkpoint_version|tokens|"
+                     r"rng_state|optimizer|opt_param_scheduler)$")
+RENAMED = {  # Megatron's names -> transformers'; what follows the part replaced is the same
     "language_model.embedding.word_embeddings.": "model.embed_tokens.",
-    "language_model.encoder.": "model.",
-    "word_embeddings_for_head.": "lm_head.",
-    ".self_attention.": ".self_attn.",
-}
-# Names in Adept's args -> in config.json. The last three are of training, and may be absent.
-ARGS = {
-    "padded_vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "max_position_embeddings": "max_position_embeddings",
-    "layernorm_epsilon": "layer_norm_eps",
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-    "hidden_dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "init_method_std": "initializer_range",
-}
-UNUSED = range(3, 70003)  # ids that stand for image patches and occur in no text
+    "language_model.encoder.": "model.", "word_embeddings_for_head.": "lm_head.",
+    ".self_attention.": ".self_attn."}
+ARGS = {  # names in Adept's args -> in config.json; the last three may be absent
+    "padded_vocab_size": "vocab_size", "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads", "layernorm_epsilon": "layer_norm_eps",
+    "max_position_embeddings": "max_position_embeddings", "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor", "hidden_dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout", "init_method_std": "initializer_range"}
+ONLY = {  # further args, and the values that are supported; the first is meant where one is absent
+    "qk_layernorm": ("weights_per_layer", "none"), "tensor_model_parallel_size": (1,),
+    "pipeline_model_parallel_size": (1,), "sq_relu": (True,), "untie_embeddings": (True,),
+    "pos_emb": ("rotary",)}
+STORAGES = {"torch BFloat16Storage": torch.bfloat16, "torch HalfStorage": torch.float16,
+            "torch FloatStorage": torch.float32}
+# Weights, with transformers' names; config; class of the model; tokenizer.model and other files.
+Source = tuple[dict[str, "Weight"], persimmon.PersimmonConfig, type[nn.Module], dict[str, bytes]]
+
+# --- Reading --------------------------------------------------------------------------------------
 
 
-class Source(NamedTuple):
-    """What is to be converted, with transformers' names."""
-
-    kind: str
-    tensors: dict[str, Tensor]  # mapped from the files: nothing is read yet
-    config: PersimmonConfig
-    architecture: str
-    files: dict[str, bytes]  # name -> contents: tokenizer.model, perhaps tokenizer_config.json, ...
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
+@contextmanager
+def reading(what: Path | str) -> Iterator[None]:
+    """Make whatever any library raises while something is read one sentence that names it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and str(what) in str(error):
+            raise
+        kind = type(error).__name__
+        raise ValueError(f"{what} is damaged, or of no known kind: {error} ({kind})") from None
 
 
 class Inert:
-    """Stands for any class or function that a pickle names: it takes what it is given, and does nothing."""
+    """What a pickle names, or would get from a call of it; nothing is called."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+    def __init__(self, name: str, args: Any = None) -> None:
+        self.name, self.args, self.state = name, args, None
 
 
-def member_offsets(file: BinaryIO, where: str) -> set[int]:
-    """Where the contents of each member of a zip archive begin; ValueError for one that is not as torch writes it."""
-    offsets = set()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist():
-                is_plain = member.compress_type == zipfile.ZIP_STORED
-                require(is_plain, f"{where} is compressed: write it anew with torch.save")
-                if member.filename.endswith("/byteorder"):
-                    require(archive.read(member) == b"little", f"{where} has its numbers in big-endian order")
-                file.seek(member.header_offset)
-                header = file.read(30)  # ends with the lengths of name and extra field, which follow
-                lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-                offsets.add(member.header_offset + 30 + lengths)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{where} is cut off, damaged or no checkpoint: {error}") from None
-    file.seek(0)
-    return offsets
+def read_pickle(data: bytes) -> Any:
+    """The value of a pickle as torch.save writes it, with an Inert for whatever a call would make.
 
-
-def read_pickle(path: Path, file: BinaryIO, start: int) -> dict[str, Any]:
-    """The dict in a torch.save file that begins at byte `start` of `path`, its tensors mapped from there.
-
-    `file` is the opened file from there on. Raises ValueError where torch can't read it safely. Under fake tensors,
-    torch.load makes shapes without numbers, and notes where in the file each storage begins: by a rule, which is why
-    that is compared with the archive.
+    Needs time and memory in proportion to len(data), and no recursion, whatever the pickle says.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-    here = f"{path}{f' ({file.name})' if start else ''}"
-    offsets = member_offsets(file, here)
-    try:
-        unknown = get_unsafe_globals_in_checkpoint(file)
-        stand_ins = [(type("Inert", (Inert,), {}), name) for name in unknown if name != "argparse.Namespace"]
-        file.seek(0)
-        with safe_globals([(argparse.Namespace, "argparse.Namespace"), *stand_ins]), FakeTensorMode():
-            loaded = torch.load(file, weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious pickle brings about
-        told = re.search(r"(Trying to load|Unsupported|Can only) .*", str(error))  # torch says much about it
-        reason = told[0] if told else (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{here} is damaged or no checkpoint that can be read safely: {reason[:200]}") from None
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-
-    def stored(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {key: stored(inner, f"{name}.{key}" if name else f"{key}") for key, inner in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        is_plain = value.layout == torch.strided and value.is_contiguous() and not (value.is_neg() or value.is_conj())
-        require(is_plain, f"{here} has the tensor {name} with its numbers in another order or form")
-        at = value.untyped_storage()._checkpoint_offset
-        is_torchs = at in offsets and at % value.dtype.itemsize == 0
-        require(is_torchs, f"{here} has the numbers of {name} elsewhere than torch would write them: read it with "
-                "torch.load and write it anew with torch.save")
-        offset = start + at + value.storage_offset() * value.dtype.itemsize
-        data = mapped[offset : offset + value.nbytes]
-        require(len(data) == value.nbytes, f"{here} is cut off: the tensor {name} reaches past its end")
-        return data.view(value.dtype).view(value.shape)
-
-    require(isinstance(loaded, dict), f"{here} holds no dict of tensors")
-    try:
-        return stored(loaded, "")
-    except RecursionError:
-        raise ValueError(f"{here} holds dicts in dicts without end") from None
-
-
-def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts whose keys may have dots themselves: ("a.b.c", value)."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    stack, marks, memo = [], [], {}
+    for opcode, arg, _ in pickletools.genops(data):
+        name, before = opcode.name, opcode.stack_before
+        # The opcode takes what lies above the last mark and perhaps one below, or a few values.
+        has_mark = pickletools.markobject in before
+        start = marks.pop() - len(before) + 2 if has_mark else len(stack) - len(before)
+        items = stack[start:]
+        del stack[start:]
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "NONE"):
+            stack.append(arg)
+        elif name in ("NEWTRUE", "NEWFALSE"):
+            stack.append(name == "NEWTRUE")
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(items))
+        elif name in ("GLOBAL", "BINPERSID"):
+            stack.append(Inert(arg) if name == "GLOBAL" else Inert("storage", items[0]))
+        elif name in ("REDUCE", "NEWOBJ"):
+            is_dict = items[0].name == "collections OrderedDict"
+            stack.append({} if is_dict else Inert(items[0].name, items[1]))
+        elif name in ("APPEND", "APPENDS", "BUILD", "SETITEM", "SETITEMS"):
+            stack.append(items[0])
+            if isinstance(items[0], Inert) and name == "BUILD":
+                items[0].state = items[1]
+            elif isinstance(items[0], list):
+                items[0].extend(items[1:])
+            elif isinstance(items[0], dict) and name != "BUILD":
+                # A tuple could be nested without end, and large numbers can all have one hash.
+                if not all(type(key) is str or type(key) is int and abs(key) < 2**31
+                           for key in items[1::2]):
+                    raise ValueError("a dict has keys that are no texts")
+                items[0].update(zip(items[1::2], items[2::2], strict=True))
+        elif name not in ("PROTO", "STOP"):
+            raise ValueError(f"its pickle has the opcode {name}, which torch.save does not write")
+    return items[0]
 
 
-def is_ignored(name: str) -> bool:
-    """Whether IGNORED lists the name, alone, as the end of one, or as what holds it."""
-    return any(name == key or name.endswith(f".{key}") or name.startswith(f"{key}.") for key in IGNORED)
+class Weight(NamedTuple):
+    """A tensor of a source, not read yet. `load` raises an exception if it is damaged."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
 
 
-def read_release(where: str, checkpoint: dict, tokenizer: bytes) -> Source:
+class Window(io.FileIO):
+    """A file up to byte `end` for zipfile and tarfile, which read as much as a header claims: here
+    they get 2*SMALL bytes in all, until `left` is changed."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        super().__init__(path)
+        self.end, self.left = end, 2 * SMALL
+
+    def read(self, size: int = -1) -> bytes:
+        """As io.FileIO.read."""
+        rest = max(0, self.end - self.tell())
+        size = rest if size is None or size < 0 else min(size, rest)
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"its headers have more than {2 * SMALL} bytes")
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As io.FileIO.seek."""
+        return super().seek(self.end + offset if whence == 2 else offset, whence % 2)
+
+
+class Archive:
+    """A torch.save file that ends at byte `end` of `path`: a zip of uncompressed records."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        self.path = path
+        with reading(path):
+            window = Window(path, end)
+            self.zip = zipfile.ZipFile(window)  # which skips what is in front of an archive
+            self.members = {m.filename.partition("/")[2]: m for m in self.zip.infolist()}
+            if any(member.compress_type != zipfile.ZIP_STORED for member in self.members.values()):
+                raise ValueError("it is compressed: write it anew with torch.save")
+            if not any(member.CRC for member in self.members.values()):
+                # PyTorch writes zeros where it is told to (torch.serialization.set_crc32_options).
+                print(f"convert.py: warning: {path} has no checksums", file=sys.stderr)
+                for member in self.members.values():
+                    del member.CRC  # zipfile then compares nothing
+            order = self.members.get("byteorder")
+            if order is not None and self.zip.open(order).read(9) != b"little":
+                raise ValueError("it is in big-endian order, which is not supported")
+            self.content = read_pickle(self.zip.open(self.members["data.pkl"]).read(SMALL))
+            window.left = math.inf
+
+    def weight(self, value: Any) -> Weight:
+        """A tensor of the pickle; anything else raises an exception of one kind or another."""
+        if value.name == "torch._utils _rebuild_parameter":
+            value = value.args[0]
+        if value.name != "torch._utils _rebuild_tensor_v2":
+            raise ValueError("it is no plain tensor")
+        storage, offset, shape, stride, _, _, *metadata = value.args
+        _, kind, key, _, _ = storage.args
+        dtype, member = STORAGES[kind.name], self.members[f"data/{key}"]
+        is_usual = not any(metadata) and len(shape) in (1, 2) and tuple(stride) == (*shape[1:], 1)
+        stop = (offset + math.prod(shape)) * dtype.itemsize
+        is_inside = min(offset, *shape) >= 0 and stop <= member.file_size
+        if not is_usual or not is_inside:
+            raise ValueError("it is laid out in an unusual way: write it anew with torch.save")
+
+        def load() -> Tensor:
+            with reading(self.path), self.zip.open(member) as record:  # which compares the CRC-32
+                data = torch.empty(member.file_size, dtype=torch.uint8)
+                if sum(record.readinto(piece.numpy()) for piece in data.split(PIECE)) < len(data):
+                    raise ValueError(f"it is cut off in data/{key}")
+            return data[offset * dtype.itemsize : stop].view(dtype).view(shape)
+
+        return Weight(dtype, tuple(shape), load)
+
+    def weights(self, tree: dict) -> dict[str, Weight]:
+        """The tensors in nested dicts, whose keys may have dots themselves: "a.b.c" -> weight."""
+        nodes, seen, found = [("", tree)], set(), {}
+        while nodes:
+            prefix, node = nodes.pop()
+            if id(node) in seen or len(prefix) > 300:  # there can be 2**40 paths, or an endless one
+                raise ValueError(f"{self.path} has dicts nested too deep, or one in two places")
+            seen.add(id(node))
+            for key, value in node.items():
+                name = f"{prefix}{str(key)[:300]}"
+                if isinstance(value, dict) and not IGNORED.search(name):
+                    nodes.append((f"{name}.", value))
+                elif not IGNORED.search(name):
+                    for old, new in RENAMED.items():
+                        name = name.replace(old, new)
+                    with reading(f"{self.path}: {name}"):
+                        if name in found:
+                            raise ValueError("there are two")
+                        found[name] = self.weight(value)
+        return found
+
+
+def small_file(file: Path, start: int = 0, end: int | None = None) -> bytes:
+    """The contents of a file, or a part of them, that has to be small."""
+    end = file.stat().st_size if end is None else end
+    if not file.is_file() or not 0 <= end - start <= 4 * SMALL:
+        raise ValueError(f"{file} has {end - start} bytes where {4 * SMALL} are a lot")
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(end - start)
+
+
+def read_release(path: Path) -> Source:
+    """Adept's tar, which is not unpacked, or the folder unpacked from it."""
+    if path.is_dir():
+        found = {f.relative_to(path).as_posix(): (f, 0, f.stat().st_size) for f in path.rglob("*")}
+    else:
+        with Window(path, path.stat().st_size) as file, tarfile.open(fileobj=file, mode="r:") as t:
+            members = [member for member in t if member.isreg() and not member.issparse()]
+        found = {m.name: (path, m.offset_data, m.offset_data + m.size) for m in members}
+
+    def find(pattern: str) -> tuple[Path, int, int]:
+        names = [name for name in found if re.fullmatch(f"([^/]*/)?{pattern}", name)]
+        if len(names) != 1:
+            raise ValueError(f"{path} has {len(names)} files {pattern}, where one is needed")
+        return found[names[0]]
+
+    latest = int(small_file(*find("latest_checkpointed_iteration.txt"))[:20])
+    file, _, end = find(f"iter_0*{latest}/mp_rank_[^/]+/model_optim_rng.pt")
+    files = {"tokenizer.model": small_file(*find("adept_vocab.model"))}
+    return read_checkpoint(Archive(file, end), files)
+
+
+def read_checkpoint(archive: Archive, files: dict[str, bytes]) -> Source:
     """Adept's pickle, with args for a config."""
-    require(isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict), f"{where} has no dict 'model'")
-    args = checkpoint.get("args")
-    require(isinstance(args, argparse.Namespace), f"{where} has no 'args', of which config.json would be made")
-    for key in checkpoint:
-        require(key == "model" or is_ignored(str(key)), f"{where} has an entry {key!r}, of which nothing is known")
-    tensors = {}
-    for name, value in flat(checkpoint["model"]):
-        if is_ignored(name):
-            continue
-        require(isinstance(value, Tensor), f"{where} has {name} in its model, which is no tensor")
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        require(name not in tensors, f"{where} has two tensors for {name}")
-        tensors[name] = value
-
-    missing = {*list(ARGS)[:-3], "qk_layernorm"} - vars(args).keys()
-    require(not missing, f"{where} has no args.{min(missing, default='')}")
-    values = {new: getattr(args, old) for old, new in ARGS.items() if hasattr(args, old)}
-    config = PersimmonConfig(**values, qk_layernorm=args.qk_layernorm != "none")
-    for name, only in (("tensor_model_parallel_size", (1,)), ("pipeline_model_parallel_size", (1,)),
-                       ("sq_relu", (True,)), ("untie_embeddings", (True,)), ("pos_emb", ("rotary",)),
-                       ("kv_channels", (None, config.head_dim)), ("qk_layernorm", ("none", "weights_per_layer"))):
-        value = getattr(args, name, only[0])
-        require(value in only, f"{where} has args.{name} = {value!r}, which is not supported: "
-                f"{' or '.join(map(repr, only))} is")
-    return Source("Adept's release", tensors, config, "PersimmonForCausalLM", {"tokenizer.model": tokenizer})
+    path, checkpoint, values = archive.path, archive.content, {}
+    args = checkpoint["args"].state
+    if unknown := [key for key in checkpoint if key != "model" and not IGNORED.search(str(key))]:
+        raise ValueError(f"{path} has an entry {unknown[0]!r}, which is not known here")
+    for old, new in ARGS.items():
+        if isinstance(args.get(old), (int, float, str)):
+            values[new] = args[old]
+        elif old in args or old not in list(ARGS)[-3:]:
+            raise ValueError(f"{path} has no args.{old}, or one that is no number")
+    config = persimmon.checked_config(**values, qk_layernorm=args["qk_layernorm"] != "none")
+    for name, allowed in {**ONLY, "kv_channels": (None, config.head_dim)}.items():
+        if args.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{path} has args.{name} that are not supported, only {allowed} are")
+    return archive.weights(checkpoint["model"]), config, persimmon.PersimmonForCausalLM, files
 
 
-def release_checkpoint(names: Sequence[str], latest: str, where: str) -> str:
-    """Which of the names is the checkpoint of the iteration that latest_checkpointed_iteration.txt gives."""
-    require(latest.strip().isdigit(), f"{where}: latest_checkpointed_iteration.txt holds {latest[:40]!r} and no number")
-    pattern = rf"(^|/)iter_0*{int(latest)}/mp_rank_[^/]+/model_optim_rng\.pt$"
-    parts = [name for name in names if re.search(pattern, name)]
-    require(bool(parts), f"{where} has no iter_{int(latest):07}/mp_rank_00/model_optim_rng.pt")
-    require(len(parts) == 1, f"{where} is in {len(parts)} parts (mp_rank_*), which is not supported: Adept's is in one")
-    return parts[0]
+def read_source(path: Path) -> Source:
+    """Find out what `path` is, and read everything but the weights."""
+    if path.is_file() and path.open("rb").read(2) == b"PK":
+        return read_checkpoint(Archive(path, path.stat().st_size), {})
+    if path.is_file() or (path / "latest_checkpointed_iteration.txt").is_file():
+        return read_release(path)
+    small_file(path / "config.json")
+    config = persimmon.load_config(path)
+    if config.quantization is not None:
+        kind = config.quantization["quantize"]
+        raise ValueError(f"{path} is quantized, in {kind}: start from weights in 16 or 32 bit")
+    names = persimmon.read_json(path / "config.json").get("architectures")
+    known = {cls.__name__: cls for cls in persimmon.PersimmonPreTrainedModel.__subclasses__()}
+    architecture = known[names[0] if names else "PersimmonForCausalLM"]
+    files = {file.name: small_file(file) for file in map(path.joinpath, (
+        "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")) if file.is_file()}
+    weights = {}
+    if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        for shard in sorted(set(persimmon.tensor_files(path).values())):
+            with reading(shard), persimmon.open_safetensors(shard) as opened:
+                for name in [name for name in opened.keys() if not IGNORED.search(name)]:
+                    tensor = opened.get_tensor(name)  # mapped
+                    weights[name] = Weight(tensor.dtype, tuple(tensor.shape), tensor.detach)
+        return weights, config, architecture, files
+    index, places = path / "pytorch_model.bin.index.json", {"": "pytorch_model.bin"}
+    if index.is_file():
+        places = json.loads(small_file(index))["weight_map"]
+    for file in [path / name for name in sorted(set(places.values()))]:
+        archive = Archive(file, file.stat().st_size)
+        found = archive.weights(archive.content)
+        if twice := weights.keys() & found.keys():
+            raise ValueError(f"{path} has {min(twice)} in two files")
+        weights |= found
+    return weights, config, architecture, files
 
 
-def read_source(path: Path, tokenizer: Path | None) -> Source:
-    """Find out what `path` is, and read everything but the numbers."""
-    if path.is_file() and tarfile.is_tarfile(path):
-        try:
-            tar = tarfile.open(path, "r:")  # uncompressed: the members lie in it as they are
-            members = {member.name: member for member in tar.getmembers() if member.isreg()}
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is compressed, cut off or damaged: {error}") from None
-        with tar:
-
-            def find(end: str) -> bytes:
-                names = [name for name in members if name.split("/")[-1] == end and name.count("/") <= 1]
-                require(len(names) == 1, f"{path} has {len(names)} members {end}, and one is needed")
-                return tar.extractfile(members[names[0]]).read()
-
-            latest = find("latest_checkpointed_iteration.txt").decode("ascii", "replace")
-            member = members[release_checkpoint(list(members), latest, str(path))]
-            require(not member.issparse(), f"{path} has {member.name} as a sparse file: unpack the archive first")
-            checkpoint = read_pickle(path, tar.extractfile(member), member.offset_data)
-            vocabulary = tokenizer.read_bytes() if tokenizer else find("adept_vocab.model")
-        return read_release(str(path), checkpoint, vocabulary)
-    if path.is_file():
-        require(tokenizer is not None, f"{path} comes without its tokenizer: name it with --tokenizer")
-        with path.open("rb") as file:
-            return read_release(str(path), read_pickle(path, file, 0), tokenizer.read_bytes())
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no {path}")
-    if (path / "latest_checkpointed_iteration.txt").is_file():
-        names = [str(file.relative_to(path)) for file in path.rglob("model_optim_rng.pt")]
-        latest = (path / "latest_checkpointed_iteration.txt").read_text(errors="replace")
-        return read_source(path / release_checkpoint(names, latest, str(path)), tokenizer or path / "adept_vocab.model")
-
-    config = PersimmonConfig.from_pretrained(path)
-    require(config.quantize is None, f"{path} is quantized, in {config.quantize}: start from weights in 16 or 32 bit")
-    architectures = persimmon._read_json(path / "config.json").get("architectures") or ["PersimmonForCausalLM"]
-    known = [cls.__name__ for cls in PersimmonPreTrainedModel.__subclasses__()]
-    require(isinstance(architectures, list) and architectures[0] in known,
-            f"{path}/config.json names the architectures {architectures}, of which none is known here")
-    architecture = architectures[0]
-    names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-    files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    if tokenizer is not None:
-        files["tokenizer.model"] = tokenizer.read_bytes()
-    require("tokenizer.model" in files, f"{path} has no tokenizer.model: name one with --tokenizer")
-    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-        return Source("safetensors", read_safetensors(path), config, architecture, files)
-
-    index = path / "pytorch_model.bin.index.json"
-    where = persimmon._read_json(index).get("weight_map") if index.is_file() else {}
-    require(isinstance(where, dict) and all(isinstance(shard, str) for shard in where.values()),
-            f"{index} has no weight_map from tensor names to files")
-    require(bool(where) or (path / "pytorch_model.bin").is_file(), f"{path} holds no weights: no .tar, .pt, .bin or "
-            "safetensors of a kind that is known here")
-    tensors = {}
-    for shard in sorted(set(where.values())) or ["pytorch_model.bin"]:
-        with (path / shard).open("rb") as file:
-            for name, value in flat(read_pickle(path / shard, file, 0)):
-                require(not where or where.get(name) == shard, f"{index} does not place {name} in {shard}")
-                require(name not in tensors, f"{path} has the tensor {name} twice")
-                if not is_ignored(name):
-                    require(isinstance(value, Tensor), f"{path / shard} has {name}, which is no tensor")
-                    tensors[name] = value
-    missing = {name for name in where if not is_ignored(name)} - tensors.keys()
-    require(not missing, f"{index} places {min(missing, default='')} in a file that has no such tensor")
-    return Source("hub", tensors, config, architecture, files)
+# --- Writing --------------------------------------------------------------------------------------
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in a folder of safetensors."""
-    tensors = {}
-    for path in sorted(set(tensor_files(folder).values())):
-        with persimmon._open(path) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys() if not is_ignored(name)}
-    return tensors
+def pieces_of(name: str, weight: Weight, dtype: torch.dtype, layer: nn.Module | None,
+              made: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The values to write, some rows at a time; or one tensor of a matrix that is quantized as in
+    `layer`, which has no values, and in `made` the others of that matrix."""
+    prefix = name.rpartition(".")[0]
+    if layer is not None:
+        if name not in made:
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.load().to(dtype), requires_grad=False)
+            with reading(prefix):
+                quantized = type(layer)(linear, layer.group_size)
+            made |= {f"{prefix}.{last}": buffer for last, buffer in quantized.named_buffers()}
+        yield made.pop(name)
+        return
+    tensor = weight.load()
+    for piece in tensor.split(max(1, PIECE // (4 * tensor[0].numel()))):
+        cast = piece.to(dtype)
+        if not all(map(math.isfinite, piece.aminmax())):  # both are NaN if any number is
+            raise ValueError(f"{name} has NaN or infinite values")
+        if not all(map(math.isfinite, cast.aminmax())):
+            raise ValueError(f"{name} overflows in {dtype}")
+        yield cast
 
 
-# --- the vocabulary ---------------------------------------------------------------------------------------------------
-
-
-def fields_of(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Each field of a protobuf message: number, the whole field, and what is in it if it is length-delimited."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        begin, tag = at, varint()
-        if tag & 7 == 2:
-            size = varint()
-            at += size
-            yield tag >> 3, message[begin:at], message[at - size : at]
-        else:
-            if tag & 7 == 0:
-                varint()
-            else:
-                at += {1: 8, 5: 4}[tag & 7]
-            yield tag >> 3, message[begin:at], b""
-
-
-def without_unused(model: bytes) -> bytes:
-    """A SentencePiece model without the pieces of the ids in UNUSED; the ids after them move down.
-
-    ModelProto.pieces is field 1, repeated; a piece is text (1), score (2) and type (3), normal where it has none.
-    Refused unless the pieces are placeholders, by this rule: none is a normal piece, a byte or unknown, so that no
-    segmentation of a text can contain one that does not spell it out, and all are one text around different numbers.
-    """
-    pieces = [piece for number, _, piece in fields_of(model) if number == 1]
-    require(len(pieces) > UNUSED.stop, f"the tokenizer has {len(pieces)} pieces, and none to drop after {UNUSED.stop}")
-    texts = []
-    for piece in pieces[UNUSED.start : UNUSED.stop]:
-        content = {number: (whole, inner) for number, whole, inner in fields_of(piece)}
-        # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
-        kind = content[3][0][-1] if 3 in content else 1
-        text = content[1][1].decode("utf-8")
-        require(kind in (3, 4, 5), f"--drop-unused: the piece {text!r} is one of ordinary text, and no placeholder")
-        texts.append(text)
-    shapes = {re.sub(r"\d+", "#", text) for text in texts}
-    require(len(shapes) == 1,  # and SentencePiece has seen to it that no two texts are equal
-            f"--drop-unused: the pieces from {texts[0]!r} to {texts[-1]!r} are not one text around different numbers")
-    kept, index = [], 0
-    for number, whole, _ in fields_of(model):
-        if number != 1 or index not in UNUSED:
-            kept.append(whole)
-        index += number == 1
-    return b"".join(kept)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
+def plan_output(source: Source, args: argparse.Namespace) -> tuple[list, persimmon.PersimmonConfig]:
+    """Name, dtype, shape and pieces of each tensor to write, and the config that goes with them."""
+    from sentencepiece import SentencePieceProcessor
+    weights, config, architecture, files = source
+    path, L, plan, made = args.source, config.num_hidden_layers, [], {}
+    if not L < len(weights) < 10_000:  # to make a model of more would take minutes
+        raise ValueError(f"{path} has {len(weights)} tensors, and its config {L} layers")
+    with torch.device("meta"):
+        model = architecture(config)
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name in sorted(own.keys() | shapes.keys()):
+        if own.get(name) != shapes.get(name):
+            raise ValueError(f"{path} has {name} in shape {shapes.get(name, 'none')}: its config "
+                             f"makes it {own.get(name, 'no tensor of this model')}")
+        persimmon.as_dtype(weights[name].dtype)
+    if "tokenizer.model" not in files:
+        raise ValueError(f"{path} comes without its tokenizer: name one with --tokenizer")
+    with reading(args.tokenizer or f"the tokenizer of {path}"):
+        count = len(SentencePieceProcessor(model_proto=files["tokenizer.model"]))
+    if not 0 < count <= config.vocab_size:
+        raise ValueError(f"{path} has {config.vocab_size} rows for a tokenizer of {count} pieces")
+    if args.quantize is not None:
+        persimmon.QUANTIZERS[args.quantize](model, args.group_size, None)
+    for name, empty in model.state_dict().items():
+        prefix, is_float = name.rpartition(".")[0], empty.is_floating_point()
+        is_plain = is_float and name in own
+        weight = weights[name if is_plain else f"{prefix}.weight"]
+        dtype = persimmon.as_dtype(args.dtype or weight.dtype)
+        layer = None if is_plain else model.get_submodule(prefix)
+        plan.append((name, dtype if is_float else empty.dtype, tuple(empty.shape),
+                     pieces_of(name, weight, dtype, layer, made)))
+    return plan, replace(model.config, dtype=str(plan[0][1]).removeprefix("torch."))
 
 
 class Progress:
-    """One line on stderr, where that is a terminal: what is done, GB/s, time left."""
+    """A line on stderr, where that is a terminal, of how much is done; and the CRC-32 of it."""
 
     def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start = self.shown = time.monotonic()
+        self.what, self.total, self.done, self.shown, self.checksum = what, total, 0, 0.0, 0
+        self.start = time.monotonic()
 
-    def add(self, count: int) -> None:
-        """Count bytes as done."""
-        self.done += count
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done >= self.total):
-            self.shown, seconds = now, now - self.start
-            left = seconds * (self.total - self.done) / max(self.done, 1)
-            filled = "#" * (30 * self.done // max(self.total, 1))
-            print(f"\r{self.what} [{filled:30}] {self.done / 1e9:6.2f} of {self.total / 1e9:.2f} GB, "
-                  f"{self.done / 1e9 / max(seconds, 1e-9):.2f} GB/s, {left:.0f} s left \x1b[K",
-                  end="\n" if self.done >= self.total else "", file=sys.stderr, flush=True)
-
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self.start
+    def count(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The pieces, one after the other."""
+        for piece in pieces:
+            self.checksum = zlib.crc32(piece.view(torch.uint8).numpy(), self.checksum)
+            yield piece
+            self.done += piece.nbytes
+            now, part, gigabytes = time.monotonic(), self.done / self.total, self.total / 1e9
+            if sys.stderr.isatty() and (now - self.shown > 0.2 or part == 1):
+                self.shown, left = now, (now - self.start) * (1 / part - 1)
+                print(f"\r{self.what} {part * gigabytes:.2f} of {gigabytes:.2f} GB, {left:.0f} s"
+                      " left \x1b[K", end="\n" * (part == 1), file=sys.stderr, flush=True)
 
 
-def is_finite(numbers: Tensor) -> bool:
-    """Whether all of them are; faster than isfinite().all(), which makes a tensor of answers."""
-    low, high = numbers.aminmax()  # both are NaN if any number is
-    return bool(low.isfinite() and high.isfinite())
+def write_folder(folder: Path, source: Source, plan: list, config: persimmon.PersimmonConfig,
+                 total: int) -> None:
+    """Write everything, one piece of a tensor after the other, and read it back."""
+    _, _, architecture, files = source
 
+    def write_json(name: str, content: dict[str, Any]) -> None:
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-def pieces_of(name: str, tensor: Tensor, dtype: torch.dtype, rows: Sequence[range] | None) -> Iterator[memoryview]:
-    """The bytes of a tensor in another dtype, some rows at a time; ValueError for a number that is not finite."""
-    step = max(1, PIECE // (4 * tensor[0].numel()))
-    for block in rows or [range(len(tensor))]:
-        for at in range(block.start, block.stop, step):
-            piece = tensor[at : min(at + step, block.stop)]
-            require(is_finite(piece), f"{name} has NaN or infinite numbers")
-            cast = piece.to(dtype)
-            require(cast is piece or is_finite(cast), f"{name} overflows in {dtype}")
-            yield memoryview(cast.view(torch.uint8).numpy()).cast("B")
-
-
-class Planned(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    source: Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    rows: Sequence[range] | None  # of the source, where not all are wanted
-    quantized: Callable[[], dict[str, Tensor]] | None = None  # makes this tensor, and the others of its matrix
-
-    @property
-    def nbytes(self) -> int:
-        """In the output."""
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def write_shard(file: Path, plan: list[Planned], progress: Progress) -> dict[str, int]:
-    """Write a safetensors file, a piece of a tensor at a time; the CRC-32 of each tensor.
-
-    (The safetensors library wants all tensors of a file in memory.)
-    """
-    sums, made = {}, {}
-    with file.open("wb") as out:
-        out.write(safetensors_header((item.name, item.dtype, item.shape) for item in plan))
-        for item in plan:
-            if item.quantized is None:
-                pieces = pieces_of(item.name, item.source, item.dtype, item.rows)
-            else:
-                made = made if item.name in made else item.quantized()
-                pieces = [memoryview(made.pop(item.name).view(torch.uint8).numpy()).cast("B")]
-            checksum = 0
-            for piece in pieces:
-                checksum = zlib.crc32(piece, checksum)
-                out.write(piece)
-                progress.add(len(piece))
-            sums[item.name] = checksum
-        out.flush()
-        os.fsync(out.fileno())
-    return sums
-
-
-def check_folder(folder: Path, plan: list[Planned], sums: dict[str, int], progress: Progress) -> None:
-    """Read everything back; ValueError where shape, dtype or checksum is not what was meant."""
-    written = read_safetensors(folder)
-    require(written.keys() == {item.name for item in plan}, f"{folder} does not hold the tensors that were written")
-    for item in plan:
-        found, checksum = written[item.name], 0
-        is_same = (found.dtype, tuple(found.shape)) == (item.dtype, item.shape)
-        require(is_same, f"{item.name} was not written as it should be")
-        for piece in found.flatten().view(torch.uint8).split(PIECE):
-            checksum = zlib.crc32(piece.numpy(), checksum)
-            progress.add(len(piece))
-        require(checksum == sums[item.name], f"{item.name} reads back differently than written: is the disk sound?")
-
-
-def plan_output(source: Source, args: argparse.Namespace) -> tuple[list[Planned], PersimmonConfig, bytes]:
-    """What is to be written: tensors in the model's order, its config, and the tokenizer."""
-    from sentencepiece import SentencePieceProcessor
-
-    config, vocabulary = source.config, source.files["tokenizer.model"]
-    with torch.device("meta"):
-        model = getattr(persimmon, source.architecture)(config)
-    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name, tensor in source.tensors.items():
-        require(name in own, f"the source has the tensor {name}, which no {source.architecture} of this config has")
-        found, shape = tuple(tensor.shape), own[name]
-        require(found == shape, f"the source has {name} in shape {found}: its config makes it {shape}")
-        require(tensor.dtype in SAFETENSORS_DTYPES and tensor.is_floating_point(),
-                f"the source has {name} as {tensor.dtype}, which is not a dtype of weights")
-    try:
-        SentencePieceProcessor(model_proto=vocabulary)
-    except RuntimeError:
-        where = args.tokenizer or f"the tokenizer of {args.source}"
-        raise ValueError(f"{where} is damaged or no SentencePiece model") from None
-    pieces = sum(number == 1 for number, _, _ in fields_of(vocabulary))
-    V = config.vocab_size
-    require(0 < pieces <= V, f"the tokenizer has {pieces} pieces, and the model {V} rows for them")
-    missing = own.keys() - source.tensors.keys()
-    require(not missing, f"the source lacks the tensor {min(missing, default='')} ({len(missing)} missing in all)")
-    rows = None
-    if args.drop_unused:
-        vocabulary = without_unused(vocabulary)
-        rows = [range(UNUSED.start), range(UNUSED.stop, config.vocab_size)]
-        pad = config.pad_token_id
-        require(pad not in UNUSED, f"--drop-unused would drop pad_token_id = {pad}")
-        pad = pad - len(UNUSED) if pad is not None and pad >= UNUSED.stop else pad
-        config = replace(config, vocab_size=config.vocab_size - len(UNUSED), pad_token_id=pad)
-    plan = []
-    for name, shape in own.items():
-        tensor = source.tensors[name]
-        dtype = tensor.dtype if args.dtype == "keep" else getattr(torch, args.dtype)
-        cut = rows if name in ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight") else None
-        plan.append(Planned(name, tensor, dtype, (config.vocab_size, *shape[1:]) if cut else shape, cut))
-    return plan, replace(config, dtype=str(plan[0].dtype).removeprefix("torch.")), vocabulary
-
-
-def quantized(prefix: str, empty: QuantizedLinear, item: Planned) -> dict[str, Tensor]:
-    """The tensors, by name, that are stored for one matrix, `item`; the layer `empty` has them without values."""
-    weight = item.source
-    if item.rows is not None:
-        weight = torch.cat([weight[rows.start : rows.stop] for rows in item.rows])
-    linear = nn.Linear(empty.in_features, empty.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.to(item.dtype), requires_grad=False)
-    try:
-        layer = type(empty)(linear, empty.group_size)
-    except ValueError as error:
-        raise ValueError(f"{prefix}: {error}") from None
-    return {f"{prefix}.{name}": tensor for name, tensor in layer.named_buffers()}
-
-
-def quantized_plan(plan: list[Planned], config: PersimmonConfig, architecture: str, kind: str,
-                   group_size: int) -> tuple[list[Planned], PersimmonConfig]:
-    """The plan with the tensors of section 10 of persimmon.py for each matrix, and its config."""
-    with torch.device("meta"):
-        model = persimmon.quantize_model(getattr(persimmon, architecture)(config), kind, group_size)
-    items, new = {item.name: item for item in plan}, []
-    for name, empty in model.state_dict().items():
-        prefix, _, last = name.rpartition(".")
-        layer = model.get_submodule(prefix)
-        if not isinstance(layer, QuantizedLinear) or last == "bias":
-            new.append(items[name])
-            continue
-        matrix = items[f"{prefix}.weight"]
-        dtype = matrix.dtype if empty.is_floating_point() else empty.dtype
-        make = partial(quantized, prefix, layer, matrix)
-        new.append(matrix._replace(name=name, dtype=dtype, shape=tuple(empty.shape), quantized=make))
-    return new, model.config
-
-
-def write_folder(folder: Path, source: Source, plan: list[Planned], config: PersimmonConfig, vocabulary: bytes,
-                 shard_size: int) -> tuple[float, float]:
-    """Write and read back everything; seconds for each."""
-    (folder / "tokenizer.model").write_bytes(vocabulary)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    tokenizer = persimmon.Tokenizer(folder)
     end = tokenizer.end_of_text
     config = replace(config, bos_token_id=end, eos_token_id=end)
-    piece = tokenizer.processor.id_to_piece(end)
-    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": piece, "eos_token": None,
-                "unk_token": "<unk>", "model_max_length": config.max_position_embeddings,
-                "tokenizer_class": "LlamaTokenizer"}
-    made = {
-        "config.json": {"architectures": [source.architecture], **config.to_dict()},
-        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
-        "tokenizer_config.json": settings,
-        "special_tokens_map.json": {"bos_token": piece, "unk_token": "<unk>"},
-    }
-    for name, content in made.items():
-        text = json.dumps(content, indent=2).encode() + b"\n"
-        (folder / name).write_bytes(source.files.get(name, text))
-
-    shards: list[list[Planned]] = [[]]
-    for item in plan:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + item.nbytes > shard_size:
-            shards.append([])
-        shards[-1].append(item)
-    total = sum(item.nbytes for item in plan)
-    writing, sums, places = Progress("writing", total), {}, {}
+    write_json("config.json", {"architectures": [architecture.__name__],
+                               **persimmon.config_to_dict(config)})
+    write_json("generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    if "tokenizer_config.json" not in files:
+        write_json("tokenizer_config.json", {
+            "add_bos_token": True, "add_eos_token": False, "eos_token": None, "unk_token": "<unk>",
+            "bos_token": tokenizer.processor.id_to_piece(end), "tokenizer_class": "LlamaTokenizer",
+            "model_max_length": config.max_position_embeddings})
+    shards, places, room = [], {}, 0
+    for name, dtype, shape, pieces in plan:
+        if (size := dtype.itemsize * math.prod(shape)) > room:
+            shards, room = [*shards, []], SHARD
+        shards[-1].append((name, dtype, shape, pieces))
+        room -= size
+    writing, checking = Progress("writing", total), Progress("checking", total)
     for n, shard in enumerate(shards, start=1):
-        name = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        sums |= write_shard(folder / name, shard, writing)
-        places |= {item.name: name for item in shard}
-    write_seconds = writing.seconds()
+        part = f"-{n:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = folder / f"model{part}.safetensors"
+        persimmon.write_safetensors(file, [(*what, writing.count(each)) for *what, each in shard])
+        places |= {name: file.name for name, *_ in shard}
+        data = torch.from_file(str(file), False, file.stat().st_size, dtype=torch.uint8)
+        start = 8 + int.from_bytes(bytes(data[:8].numpy()), "little")  # after the header
+        if [*checking.count(data[start:].split(PIECE))] and checking.checksum != writing.checksum:
+            raise ValueError(f"{file} reads back differently than written: is the disk sound?")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    checking = Progress("checking", total)
-    check_folder(folder, plan, sums, checking)
-    return write_seconds, checking.seconds()
+        write_json("model.safetensors.index.json", index)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]i?B)?", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    unit = (match[2] or "").upper()
-    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** (" KMG".index(unit[0]) if unit else 0))
+@contextmanager
+def replacing(output: Path, force: bool) -> Iterator[Path]:
+    """A new folder that takes the name `output` at the end, if anything is in it.
 
-
-def verify_md5(path: Path) -> str:
-    """Which release a tar is, by its MD5; ValueError for none."""
-    digest, progress = hashlib.md5(usedforsecurity=False), Progress("verifying", path.stat().st_size)
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            progress.add(len(piece))
-    require(digest.hexdigest() in MD5, f"{path} has the MD5 {digest.hexdigest()}, which is not one of Adept's releases "
-            f"({' or '.join(MD5)}): download it again")
-    return MD5[digest.hexdigest()]
-
-
-def is_left_over(folder: Path) -> bool:
-    """Whether it is what a killed run leaves: a model's folder, or the beginning of one."""
-    parts = (".safetensors", ".json", ".model")
-    return (folder / "config.json").is_file() or (folder.is_dir() and all(f.suffix in parts for f in folder.iterdir()))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Convert; the exit code."""
-    output, source_path = Path(os.path.realpath(args.output)), Path(os.path.realpath(args.source))
-    require(output.name != "", f"OUTPUT {output} can't be made: name a folder that is to be")
-    scratch, replaced = (output.with_name(f"{output.name}.{what}") for what in ("unfinished", "replaced"))
-    for folder in (output, scratch, replaced):
-        is_apart = folder != source_path and folder not in source_path.parents
-        require(is_apart, f"{folder}, which is OUTPUT or made on the way to it, is or holds the source")
-        require(folder == output or not folder.exists() or is_left_over(folder),
-                f"{folder} is in the way: its name is needed on the way to OUTPUT, and it holds no model")
-    if replaced.exists() and not output.exists() and not args.dry_run:
-        replaced.rename(output)  # a run was killed between the two renames at the end
-    is_model = (output / "config.json").is_file() or (output.is_dir() and not any(output.iterdir()))
-    require(not output.exists() or args.force, f"{output} exists: give another name, or --force to replace it")
-    require(not output.exists() or is_model, f"{output} is not a model's folder: --force does not replace it")
-    if args.verify:
-        require(args.source.is_file() and tarfile.is_tarfile(args.source), "--verify is for Adept's .tar files")
-        print(f"{args.source} is {verify_md5(args.source)} of Adept's release", file=sys.stderr)
-
-    source = read_source(args.source, args.tokenizer)
-    plan, config, vocabulary = plan_output(source, args)
-    parameters = sum(math.prod(item.shape) for item in plan)
-    if args.quantize:
-        plan, config = quantized_plan(plan, config, source.architecture, args.quantize, args.group_size)
-    total = sum(item.nbytes for item in plan)
-    room = next(p for p in output.parents if p.exists())
-    free = shutil.disk_usage(room).free
-    needed = total * 1.01 + len(vocabulary)
-    require(free > needed, f"{room} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
-    dtypes = "/".join(sorted({SAFETENSORS_DTYPES[item.dtype] for item in plan}))
-    print(f"source      {source.kind}, {len(source.tensors)} tensors\n"
-          f"output      {parameters:,} parameters, {total / 1e9:.2f} GB in "
-          f"{dtypes}, {config.vocab_size} tokens", flush=True)
-    if args.dry_run:
-        return 0
-
-    for left_over in (scratch, replaced):
-        if left_over.exists():
-            shutil.rmtree(left_over)
-    scratch.mkdir(parents=True)
+    Work is done in OUTPUT.unfinished: `new` is what is written, `old` what it replaces. Where a run
+    is killed between its two renames, both are there, and the next run puts `old` back.
+    """
+    scratch = output.with_name(f"{output.name}.unfinished")
+    scratch.mkdir(parents=True, exist_ok=True)
+    old, new, handle = scratch / "old", scratch / "new", os.open(scratch, os.O_RDONLY)
     try:
-        written, checked = write_folder(scratch, source, plan, config, vocabulary, args.shard_size)
-        if output.exists():
-            output.rename(replaced)
-        scratch.rename(output)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+    except BlockingIOError:
+        raise ValueError(f"another conversion is writing {output}") from None
+    if not set(os.listdir(scratch)) <= {"old", "new"} or scratch.is_symlink():
+        raise ValueError(f"{scratch} is in the way: OUTPUT is made there")
+    try:
+        if old.exists() and new.exists() and not output.exists():
+            old.rename(output)
+        if (exists := output.exists()) and not force:
+            raise ValueError(f"{output} exists: give another name, or --force to replace it")
+        if exists and any(output.iterdir()) and not (output / "config.json").is_file():
+            raise ValueError(f"{output} is not a model's folder: --force does not replace it")
+        for left_over in (new, old):  # in this order: half of `old` must not come back
+            shutil.rmtree(left_over, ignore_errors=True)
+        new.mkdir()
+        if exists:  # a mounted volume can't be moved: better known now
+            output.rename(old)
+            old.rename(output)
+        yield new
+        if any(new.iterdir()):
+            if exists:
+                output.rename(old)
+            new.rename(output)  # fails if another OUTPUT has appeared
     finally:
+        if old.exists() and not output.exists():
+            old.rename(output)
         shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    print(f"written     {written:.1f} s, {total / 1e9 / max(written, 1e-9):.2f} GB/s\n"
-          f"read back   {checked:.1f} s\n\n    python sample.py --model {args.output}")
-    return 0
+        os.close(handle)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert."""
+    output, path = Path(os.path.realpath(args.output)), Path(os.path.realpath(args.source))
+    if not output.name or output in (path, *path.parents):
+        raise ValueError(f"OUTPUT {output} can't be made: it is or holds the source")
+    with replacing(output, args.force) as folder:
+        with reading(args.source):
+            if args.verify:
+                digest = hashlib.md5(usedforsecurity=False)
+                data = torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
+                for piece in Progress("verifying", len(data)).count(data.split(PIECE)):
+                    digest.update(piece.numpy())
+                if (md5 := digest.hexdigest()) not in MD5:
+                    raise ValueError(f"{args.source} has the MD5 {md5}, which is none of Adept's "
+                                     f"releases ({' or '.join(MD5)}): download it again")
+                print(f"{args.source} is Adept's {MD5[md5]} model", file=sys.stderr)
+            source = read_source(args.source)
+            if args.tokenizer is not None:
+                source[3]["tokenizer.model"] = small_file(args.tokenizer)
+            plan, config = plan_output(source, args)
+        total = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape, _ in plan)
+        free, needed = shutil.disk_usage(folder).free, total * 1.01 + 4 * SMALL
+        if free < needed:
+            raise ValueError(f"{output}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed")
+        parameters = sum(math.prod(weight.shape) for weight in source[0].values())
+        dtypes = "/".join(sorted({persimmon.SAFETENSORS_DTYPES[dtype] for _, dtype, *_ in plan}))
+        print(f"{parameters:,} parameters, {total / 1e9:.2f} GB in {dtypes}", flush=True)
+        if not args.dry_run:
+            write_folder(folder, source, plan, config, total)
+    if not args.dry_run:
+        print(f"python sample.py --model {args.output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; errors become one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description="Convert Persimmon weights to safetensors.", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message} (--help lists the options)\n")
-    add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="Adept's .tar, the folder unpacked from it, or its "
-        "model_optim_rng.pt; a folder with pytorch_model*.bin; a folder with safetensors")
-    add("output", metavar="OUTPUT", type=Path, help="folder to make")
-    add("--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep", help="(default: %(default)s)")
-    add("--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="of a file (default: %(default)s)")
-    add("--quantize", choices=("int8", "int4"), help="store the matrices in 8 or 4 bits, for persimmon.py alone")
-    add("--group-size", metavar="G", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale "
-        "with --quantize int4: 32, 64 or 128 (default: %(default)s)")
-    add("--tokenizer", metavar="FILE", type=Path, help="adept_vocab.model or tokenizer.model, where SOURCE has none")
-    add("--drop-unused", action="store_true", help="leave out the vocabulary's rows 3 to 70002, which are kept for "
-        "images and never used: 1.15 GB less in 16 bit, the same text")
-    add("--verify", action="store_true", help="compare the .tar with Adept's published MD5 first")
-    add("--dry-run", action="store_true", help="look at everything, write nothing")
-    add("--force", action="store_true", help="replace OUTPUT, if it is a model's folder")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # closed: errors have nowhere to go
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: Ctrl-C can be orderly
-        return run(args)
+        run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        text = " ".join(str(error).split())
+        print(f"convert.py: error: {text[:500]}{'...' * (len(text) > 500)}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: in good order now
     sys.exit(main())
