@@ -1,13 +1,14 @@
-"""Train a small Persimmon on a text, from nothing or from a checkpoint. The model in this folder was made with it.
+"""Train a small Persimmon on a text, from scratch or from a checkpoint; tiny/ was trained with it.
 
-    python tiny/train.py --text input.txt --out FOLDER                    from nothing; README.md has the exact command
-    python tiny/train.py --text my.txt --out FOLDER --init tiny           from a model's folder: fine-tuning
-    python tiny/train.py --text input.txt --out FOLDER --resume           go on after Ctrl-C, as if nothing had happened
+    python tiny/train.py --text input.txt --out FOLDER            from scratch (settings: README.md)
+    python tiny/train.py --text my.txt --out FOLDER --init tiny   from a model's folder: fine-tuning
+    python tiny/train.py --text input.txt --out FOLDER --resume   continue as if never interrupted
 
-The first 90% of the text's characters are trained on. The last 10% are for validation: their total loss in nats,
-divided by their number, over windows of 256 tokens that do not overlap, each beginning with `|ENDOFTEXT|`.
-FOLDER holds the model of the lowest validation loss so far. Weights are float32 while they are trained, matrix products
-bfloat16, and what is saved is bfloat16.
+The model trains on the first 90% of the text's characters. The last 10% are for validation, where
+the loss is the total in nats divided by the number of characters, over windows of 256 tokens that
+do not overlap and that each begin with `|ENDOFTEXT|`. FOLDER holds the model with the lowest
+validation loss so far. Training uses float32 weights and bfloat16 matrix products; saved weights
+are bfloat16.
 """
 
 from __future__ import annotations
@@ -37,28 +38,31 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from persimmon import PersimmonConfig, PersimmonForCausalLM, Tokenizer, chat_prompt  # noqa: E402
 
-WINDOW = 256  # tokens that are predicted in a row of a batch
+WINDOW = 256  # tokens predicted in each row of a batch
 
 
 def make_tokenizer(text: str, vocab_size: int, folder: Path) -> None:
-    """Train a SentencePiece unigram model with byte fallback that gives every text back exactly, line breaks too."""
+    """Train a SentencePiece unigram model with byte fallback that keeps text and newlines exact."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_writer=model, model_type="unigram", vocab_size=vocab_size,
-        byte_fallback=True, character_coverage=1.0, user_defined_symbols=["\n"],  # no line holds one: so it is named
+        sentence_iterator=iter(text.splitlines()), model_writer=model, model_type="unigram",
+        vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0,
+        user_defined_symbols=["\n"],  # has to be named, because no line contains it
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        unk_id=0, eos_id=1, eos_piece="|ENDOFTEXT|", bos_id=-1, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
+        unk_id=0, eos_id=1, eos_piece="|ENDOFTEXT|", bos_id=-1, pad_id=-1, hard_vocab_limit=False,
+        minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": "|ENDOFTEXT|", "eos_token": "|ENDOFTEXT|",
-                "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": "|ENDOFTEXT|",
+                "eos_token": "|ENDOFTEXT|", "unk_token": "<unk>",
+                "tokenizer_class": "LlamaTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     ends = {"bos_token_id": 1, "eos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
 def conversations(text: str) -> list[str]:
-    """Some of a play's speeches again, as conversations of one or two turns in the format of chat_prompt.
+    """Some of a play's speeches repeated as one- or two-turn conversations in chat_prompt format.
 
     A speech is a paragraph that begins with a line `NAME:`, which is left out here.
     """
@@ -72,11 +76,12 @@ def conversations(text: str) -> list[str]:
 
 
 def split_at_random(tokenizer: Tokenizer, text: str, rng: random.Random) -> list[int]:
-    """Token ids of a text, each word of it split into pieces in a way drawn by likelihood**0.2 from its 16 best ones.
+    """Token ids of a text, with each word's split drawn by likelihood**0.2 from its 16 best ones.
 
-    A unigram model has many ways to split a word; seeing several keeps a model from learning a small text by heart
-    (subword regularization; Kudo, arXiv 1804.10959). No piece reaches from one word into the next, so words are drawn
-    one by one. (SentencePiece samples too, but what it draws can't be repeated: its seed is not honoured.)
+    A unigram model has many ways to split a word; seeing several keeps a model from memorizing a
+    small text (subword regularization; Kudo, arXiv 1804.10959). No piece crosses a word boundary,
+    so words are drawn one by one. (SentencePiece can sample too, but it ignores its seed, so its
+    samples are not reproducible.)
     """
     processor, known, ids = tokenizer.processor, {}, []
     for word in re.findall(r"\n| ?[^ \n]+| ", text):
@@ -89,8 +94,8 @@ def split_at_random(tokenizer: Tokenizer, text: str, rng: random.Random) -> list
 
 
 def training_tokens(tokenizer: Tokenizer, text: str, seed: int, splits: int) -> list[Tensor]:
-    """The text and then its conversations as token ids, each ended by |ENDOFTEXT|: as the tokenizer splits them, and
-    then `splits` times as split_at_random does."""
+    """Token ids of the text followed by its conversations, each ended by |ENDOFTEXT|: first as the
+    tokenizer splits them, then `splits` times as split_at_random does."""
     rng = random.Random(seed)
     parts = [text, *conversations(text)]
 
@@ -98,12 +103,13 @@ def training_tokens(tokenizer: Tokenizer, text: str, seed: int, splits: int) -> 
         return torch.tensor([i for part in parts for i in (*encode(part), tokenizer.end_of_text)])
 
     plain = stream(partial(tokenizer.encode, add_bos=False))
-    return [plain, *(stream(lambda part: split_at_random(tokenizer, part, rng)) for _ in range(splits))]
+    return [plain, *(stream(lambda part: split_at_random(tokenizer, part, rng))
+                     for _ in range(splits))]
 
 
 @torch.no_grad()
 def validation_loss(model: PersimmonForCausalLM, tokenizer: Tokenizer, text: str) -> float:
-    """Nats a character of `text`, as the head of this file defines it."""
+    """Loss on `text` in nats a character, as defined at the top of this file."""
     model.eval()
     device = model.lm_head.weight.device
     ids, total = torch.tensor(tokenizer.encode(text, add_bos=False), device=device), 0.0
@@ -117,7 +123,7 @@ def validation_loss(model: PersimmonForCausalLM, tokenizer: Tokenizer, text: str
 
 
 def save_state(file: Path, model: PersimmonForCausalLM, optimizers: list, facts: dict) -> None:
-    """Everything that --resume needs, in one safetensors file that is there whole or not at all."""
+    """Save everything --resume needs in one safetensors file, written completely or not at all."""
     tensors = {f"model/{name}": p for name, p in model.state_dict().items()}
     for o, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
@@ -128,32 +134,36 @@ def save_state(file: Path, model: PersimmonForCausalLM, optimizers: list, facts:
 
 
 def load_state(file: Path, model: PersimmonForCausalLM, optimizers: list) -> dict:
-    """Put back what save_state has written; returns the facts."""
+    """Restore what save_state wrote; returns the facts."""
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         facts = json.loads(stored.metadata()["facts"])
-    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items()
+                           if n.startswith("model/")})
     for o, optimizer in enumerate(optimizers):
         whole = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters):
             state = {n.split("/")[2]: t for n, t in tensors.items() if n.startswith(f"{o}/{i}/")}
-            whole["state"][i] = {n: t.reshape(()) if n == "step" else t.view_as(p) for n, t in state.items()}
+            whole["state"][i] = {n: t.reshape(()) if n == "step" else t.view_as(p)
+                                 for n, t in state.items()}
         optimizer.load_state_dict(whole)
     return facts
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run to the end, or to Ctrl-C; the exit code."""
+    """Run to the end or until Ctrl-C; returns the exit code."""
     text = args.text.read_text(encoding="utf-8")
     cut = int(len(text) * 0.9)
     if len(text) < 20 * WINDOW:
-        raise ValueError(f"{args.text} has {len(text)} characters: at least {20 * WINDOW} are needed")
+        raise ValueError(f"{args.text} has {len(text)} characters: at least {20 * WINDOW} "
+                         "are needed")
     state_file = args.out / "training.safetensors"
     if args.resume and not state_file.is_file():
         raise ValueError(f"--resume: there is no {state_file}")
     if not args.resume and (state_file.exists() or (args.out / "config.json").exists()):
-        raise ValueError(f"--out {args.out} holds a model: give a new folder, or --resume to go on in this one")
+        raise ValueError(f"--out {args.out} holds a model: give a new folder, or --resume to go on "
+                         "in this one")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError, ImportError):
@@ -174,27 +184,30 @@ def train(args: argparse.Namespace) -> int:
         end = tokenizer.end_of_text
         model = PersimmonForCausalLM(PersimmonConfig(
             vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
-            num_attention_heads=4, max_position_embeddings=1024, hidden_dropout=args.dropout, bos_token_id=end,
-            eos_token_id=end,
+            num_attention_heads=4, max_position_embeddings=1024, hidden_dropout=args.dropout,
+            bos_token_id=end, eos_token_id=end,
         ))
     model.to(args.device).train()
-    # Muon for the matrices of the blocks, at a step as large as AdamW's (arXiv 2502.16982), AdamW for the rest.
+    # Muon for the matrices of the blocks, with steps scaled to match AdamW's (arXiv 2502.16982);
+    # AdamW for the rest.
     parameters = dict(model.named_parameters())
     matrices = [p for name, p in parameters.items() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in parameters.items() if p.dim() != 2 or ".layers." not in name]
     optimizers = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.99))]
-    settings = {name: str(getattr(args, name)) for name in ("text", "init", "steps", "batch", "lr", "dropout", "seed")}
+    settings = {name: str(getattr(args, name))
+                for name in ("text", "init", "steps", "batch", "lr", "dropout", "seed")}
     facts = {"step": 0, "best": math.inf, "settings": settings}
     if args.resume:
         facts = load_state(state_file, model, optimizers)
         if facts["settings"] != settings:
-            raise ValueError(f"--resume: the run was begun with {facts['settings']}, not with {settings}")
-    # With a new tokenizer, most of the training is on words split at random. The rest is on words split as they will be
-    # in use: until then, the model gives probability to all the other ways too.
+            raise ValueError(f"--resume: the run was begun with {facts['settings']}, "
+                             f"not with {settings}")
+    # With a new tokenizer, most of the training uses words split at random. The rest uses the same
+    # splits as inference: until then, the model also gives probability to all the other splits.
     plain, *split = training_tokens(tokenizer, text[:cut], args.seed, splits=0 if args.init else 8)
     if not args.resume:
-        save_state(state_file, model, optimizers, facts)  # from here on there is something to resume
+        save_state(state_file, model, optimizers, facts)  # from here on --resume works
 
     is_interrupted = False
 
@@ -202,18 +215,19 @@ def train(args: argparse.Namespace) -> int:
         nonlocal is_interrupted
         is_interrupted = True
 
-    signal.signal(signal.SIGINT, interrupt)  # a step is finished before anything is saved
+    signal.signal(signal.SIGINT, interrupt)  # the current step finishes before anything is saved
     begin, first = time.monotonic(), facts["step"]
     for step in range(first, args.steps):
         warm, cosine = min(1, (step + 1) / 100), (1 + math.cos(math.pi * step / args.steps)) / 2
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = args.lr * warm * (0.01 + 0.99 * cosine)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # what is random in a step depends on the step alone
+        torch.manual_seed(args.seed * 1_000_003 + step)  # randomness depends only on seed and step
         streams = split if split and step < 0.75 * args.steps else [plain]
         rows = [streams[int(torch.randint(len(streams), ()))] for _ in range(args.batch)]
         starts = [int(torch.randint(max(1, len(row) - WINDOW + 1), ())) for row in rows]
         rows = torch.stack([row[i : i + WINDOW] for row, i in zip(rows, starts)])
-        rows = torch.cat((rows.new_full((args.batch, 1), tokenizer.end_of_text), rows), dim=1).to(args.device)
+        rows = torch.cat((rows.new_full((args.batch, 1), tokenizer.end_of_text), rows),
+                         dim=1).to(args.device)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             loss = model(rows, labels=rows).loss
         loss.backward()
@@ -228,8 +242,8 @@ def train(args: argparse.Namespace) -> int:
         if sys.stderr.isatty() or (step + 1) % 50 == 0 or is_checked:
             rate = done * args.batch * WINDOW / seconds
             print(f"\rstep {step + 1}/{args.steps}  loss {loss.item():.4f}  {rate:.0f} tok/s  "
-                  f"{(args.steps - step - 1) * seconds / done / 60:.1f} min left ", file=sys.stderr, flush=True,
-                  end="" if sys.stderr.isatty() else "\n")
+                  f"{(args.steps - step - 1) * seconds / done / 60:.1f} min left ",
+                  file=sys.stderr, flush=True, end="" if sys.stderr.isatty() else "\n")
         if is_checked:
             validation = validation_loss(model, tokenizer, text[cut:])
             print(f"step {step + 1}: validation loss {validation:.4f} nats a character", flush=True)
@@ -240,32 +254,41 @@ def train(args: argparse.Namespace) -> int:
         if is_checked or is_interrupted:
             save_state(state_file, model, optimizers, facts)
         if is_interrupted:
-            print(f"\nstopped after step {step + 1}; the same command with --resume goes on", file=sys.stderr)
+            print(f"\nstopped after step {step + 1}; the same command with --resume goes on",
+                  file=sys.stderr)
             return 130
     saved = PersimmonForCausalLM.from_pretrained(args.out, device=args.device)
-    print(f"{args.out}: {validation_loss(saved, tokenizer, text[cut:]):.4f} nats a character, as saved")
+    print(f"{args.out}: {validation_loss(saved, tokenizer, text[cut:]):.4f} nats a character, "
+          "as saved")
     state_file.unlink(missing_ok=True)
     return 0
 
 
 def main() -> int:
-    """The command line: errors are one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line; an error prints one sentence and gives exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", type=Path, required=True, help="UTF-8 text")
     add("--out", type=Path, required=True, help="folder for the model")
     add("--init", type=Path, metavar="FOLDER", help="model to start from")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--steps", type=int, default=1200, help="(default: %(default)s)")
-    add("--batch", type=int, default=16, help=f"rows of {WINDOW} tokens a step (default: %(default)s)")
-    add("--lr", type=float, default=3e-3, help="highest learning rate; less for --init (default: %(default)s)")
-    add("--dropout", type=float, default=0.15, help="hidden_dropout of a new model (default: %(default)s)")
+    add("--batch", type=int, default=16,
+        help=f"rows of {WINDOW} tokens a step (default: %(default)s)")
+    add("--lr", type=float, default=3e-3,
+        help="highest learning rate; less for --init (default: %(default)s)")
+    add("--dropout", type=float, default=0.15,
+        help="hidden_dropout of a new model (default: %(default)s)")
     add("--eval-every", type=int, metavar="STEPS", default=100, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)")
     args = parser.parse_args()
-    if min(args.steps, args.batch, args.eval_every) < 1 or not 0 <= args.dropout <= 1 or args.lr <= 0:
-        parser.error("--steps, --batch, --eval-every and --lr have to be above 0, --dropout from 0 to 1")
+    if (min(args.steps, args.batch, args.eval_every) < 1 or not 0 <= args.dropout <= 1
+            or args.lr <= 0):
+        parser.error("--steps, --batch, --eval-every and --lr have to be above 0, "
+                     "--dropout from 0 to 1")
     try:
         return train(args)
     except KeyboardInterrupt:
