@@ -1183,7 +1183,8 @@ class TransposedKVCache(KVCache):
         """
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         fits = q.shape == k.shape == v.shape == (B, H, T, D)
-        if self.length == 0 or not fits or (mask is not None and mask.shape[1:] != (1, T, S)):
+        fits = fits and (mask is None or mask.shape[1:] == (1, T, S))
+        if not fits or 1 < T == S:
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v

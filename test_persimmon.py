@@ -437,6 +437,12 @@ def write_config(folder: Path, config: PersimmonConfig, form: str) -> None:
     (folder / "config.json").write_text(json.dumps(raw))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test has the same random numbers in each run, alone or among others."""
+    random.seed(0), torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """A folder for each config and form of config.json, written without save_pretrained."""
