@@ -1440,12 +1440,14 @@ class Int8Linear(QuantizedLinear):
         return codes.to(torch.int8), scale
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """W^T of the outputs from start to stop, (C, stop - start)."""
         return self.weight[start:stop].to(dtype).t()  # without the scale
 
     def dequant_matmul(self, x: Tensor) -> Tensor:  # sums of up to 127 x overflow in float16
         return super().dequant_matmul(x / 128) * (self.scale.to(x.dtype) * 128)
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
+        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
         operator = private_operator("aten._weight_int8pack_mm")
         if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
             return None
@@ -1500,11 +1502,13 @@ class Int4Linear(QuantizedLinear):
         return upper.bitwise_right_shift_(4).flatten(1)[:, : stop - start]  # keeps the sign
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """W^T of the outputs from start to stop, (C, stop - start)."""
         scale, offset = self.scale[:, start:stop].to(dtype).permute(2, 0, 1).contiguous()
         groups = self.codes(start, stop).to(dtype).unflatten(0, (-1, self.group_size))
-        return torch.addcmul(offset[:, None], groups, scale[:, None]).flatten(0, 1)
+        return torch.addcmul(offset[:, None], groups, scale[:, None], out=groups).flatten(0, 1)
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
+        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
         is_ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         suffix = "_for_cpu" if x.is_cpu else ""
         operator = private_operator(f"aten._weight_int4pack_mm{suffix}")
@@ -1547,6 +1551,7 @@ class Int8SparseLinear(QuantizedLinear):
         return (torch.cat((codes.to(torch.uint8), tail), dim=1),)
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """W^T of the outputs from start to stop, (C, stop - start)."""
         return (self.weight[:, start:stop] ^ 128).view(torch.int8).to(dtype)  # code - 128
 
     def dequant_matmul(self, x: Tensor) -> Tensor:  # W = scale * (code - 128) + middle
@@ -1556,6 +1561,7 @@ class Int8SparseLinear(QuantizedLinear):
         return super().dequant_matmul(x * scale.to(x.dtype)) + (x @ middle)[..., None]
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
+        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
         bags = nonzero_bags(x, self.max_rows, 6)  # beyond, dequant_matmul is faster
         operator = private_operator("quantized.embedding_bag_byte_rowwise_offsets")
         if bags is None or operator is None:
