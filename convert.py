@@ -314,6 +314,8 @@ def read_checkpoint(archive: Archive, files: dict[str, bytes]) -> Source:
 
 def read_source(path: Path) -> Source:
     """Find out what `path` is, and read everything but the weights."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: SOURCE is an archive or a folder here")
     if path.is_file() and path.open("rb").read(2) == b"PK":
         return read_checkpoint(Archive(path, path.stat().st_size), {})
     if path.is_file() or (path / "latest_checkpointed_iteration.txt").is_file():
