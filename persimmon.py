@@ -1897,8 +1897,9 @@ def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
 class CudaEngine(Engine):
     """Kernels for what they are proven to restate, and decoding as a replayed CUDA graph.
 
-    A block runs by fused_block for one token of one text, and else with fused_attention in it. Both
-    are compared with the plain block before they are used, and anew when a module has changed.
+    There are two ways to run a block: "block", by fused_block, for one token of one text, and
+    "attention", with fused_attention in it, for all else. Both are compared with the plain block
+    before they are used, and anew when a module has changed.
     """
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
@@ -1907,8 +1908,8 @@ class CudaEngine(Engine):
         self.modules: list[nn.Module] = []
         self.state: list[Any] | None = None  # their snapshot, for which the rest holds
         self.is_unhooked = False
-        self.forwards: dict[bool, list[tuple[nn.Module, Callable]]] = {}  # for whole blocks, or not
-        self.proven: dict[tuple[bool, bool], float] = {}  # the same, T > 1 -> longest cache, or 0
+        self.forwards: dict[str, list[tuple[nn.Module, Callable]]] = {}  # by way
+        self.proven: dict[tuple[str, bool], float] = {}  # by way and T > 1: longest cache; 0: wrong
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A StaticCache, where there is Triton."""
@@ -1917,12 +1918,12 @@ class CudaEngine(Engine):
             kind = StaticCache
         return kind(self.model.config, batch_size, max_length, weight.dtype, weight.device)
 
-    def find_forwards(self, is_block: bool) -> list[tuple[nn.Module, Callable]]:
+    def find_forwards(self, way: str) -> list[tuple[nn.Module, Callable]]:
         """What stands in for the forward of each block, or of its attention; [] if not all can."""
         blocks, head = self.model.model.layers, self.model.lm_head
         layers = [block.self_attn for block in blocks]
         kinds = {Attention, nn.LayerNorm, nn.Identity}
-        if is_block:
+        if way == "block":
             modules = [m for block in blocks for m in block.modules()]
             kinds |= {Block, MLP, nn.Linear, nn.Dropout}
             found = [(block, partial(fused_block, block)) for block in blocks]
@@ -1942,10 +1943,10 @@ class CudaEngine(Engine):
             self.modules = list(self.model.modules())
             self.state, self.proven = snapshot(self.modules), {}
             self.is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
-            self.forwards = {is_block: self.find_forwards(is_block) for is_block in (True, False)}
+            self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
         is_single, N = T == 1 and mask is None and cache.keys.shape[1] == 1, cache.keys.shape[3]
-        for is_block in (True, False) if is_single else (False,):
-            found, key = self.forwards[is_block], (is_block, T > 1)
+        for way in ("block", "attention") if is_single else ("attention",):
+            found, key = self.forwards[way], (way, T > 1)
             longest = self.proven.get(key)
             if found and (longest is None or 0 < longest < N):
                 self.proven[key] = N if self.is_proven(found, cache, min(T, 17, N)) else 0

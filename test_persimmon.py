@@ -3196,9 +3196,9 @@ def test_cuda_engine(models, calls):
             assert calls == Counter(fused_attend=(passes + 1) * L, matvec=passes * (4 * L + 1) * is_alone)
             assert RerunGraph.count == 1
     proven = dict(model.engine.proven)
-    assert set(proven) == {(False, True), (False, False), (True, False)} and set(proven.values()) == {16}
+    assert set(proven) == {("attention", True), ("attention", False), ("block", False)} and set(proven.values()) == {16}
     model.generate(ids, max_new_tokens=20)  # a longer cache is proven anew
-    assert model.engine.proven[False, True] == 28
+    assert model.engine.proven["attention", True] == 28
     calls.clear()
     model.train().generate(ids, max_new_tokens=3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -3287,7 +3287,7 @@ def test_cuda_engine_proves_itself(small, calls, monkeypatch, part):
     is_attention_left = part in ("MLP", "Block", "wrong product")
     assert len(said) == (1 if is_attention_left else 3)  # of a block, and of attention for one token and for more
     assert {key for key, length in engine_for(small).proven.items() if length} == (
-        {(False, True), (False, False)} if is_attention_left else set())
+        {("attention", True), ("attention", False)} if is_attention_left else set())
     calls.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -3305,7 +3305,7 @@ def test_capture_cuda_graph(small, monkeypatch):
     ids, mask, passes = random_ids(small.config, length=5), torch.ones(2, 8, dtype=torch.long), count_passes(small)
     with torch.no_grad():
         engine.next_logits(ids, mask, cache)
-        forwards = [*engine.find_forwards(is_block=False), (small.lm_head, lambda x: x.sum(-1, keepdim=True))]
+        forwards = [*engine.find_forwards("attention"), (small.lm_head, lambda x: x.sum(-1, keepdim=True))]
         replay = engine.capture_cuda_graph(ids[:, :1], mask, cache, forwards)
         assert passes == [5, 1, 1] and cache.length == int(cache.position) == 5 and not cache.is_captured
         assert replay.mask.shape == (2, 9) and replay(ids[:, 1:2]).shape == (2, 1) and graph.replay.call_count == 1
