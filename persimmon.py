@@ -163,7 +163,7 @@ class KVCache:
         self.length = 0
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """Where T new tokens go, (T), and S; ValueError where they do not fit."""
+        """The indices (T) of T new tokens, and S; ValueError if they do not fit."""
         (_, rows, _, N, _), S = self.keys.shape, self.length + T
         if B != rows or S > N:
             raise ValueError(f"the cache is for {rows} rows of {N} positions, not {B} of {S}")
@@ -463,7 +463,7 @@ class Step(NamedTuple):
 
 class Engine:
     """How `generate` runs a model: this one plainly, those of Part III faster. A model keeps its
-    engine, which may replace the `forward` of modules during a pass, and restores it after."""
+    engine. During a pass it may replace the `forward` of modules; after it, they are as before."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         self.model = model
@@ -539,7 +539,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     side; apart from rounding, rows do not influence each other. Row b draws from its own generator,
     seeded seed + b. It stops at one of stop_ids, by default eos_token_id, after max_new_tokens, or
     at a full context: max_position_embeddings tokens, or what `cache` has room for. Nothing is
-    dropped to make room. A cache with the beginning of an unpadded prompt saves computing it again.
+    dropped to make room. The first positions of an unpadded prompt may be in `cache` already.
 
     Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
     ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.

@@ -1502,6 +1502,11 @@ DAMAGES = {
 }
 
 
+def test_load_names_what_replaces_sparse():
+    with pytest.raises(ValueError, match="no sparse= any more: see model.fast"):
+        PersimmonForCausalLM.from_pretrained(TINY, sparse=False)
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_loading_is_strict(folder, kind):
     damage(folder, kind)
@@ -2304,6 +2309,40 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor, dtype, N, expected):
         cache = engine.make_cache(3, N)
     assert type(cache) is (TransposedKVCache if expected else KVCache) and engine.proven == N * expected
     assert cache.keys.dtype == dtype and cache.keys.shape[:2] == (1, 3) and cache.keys.shape[3] >= N
+
+
+def soft_capped(q, k, v, mask, dropout=0.0):
+    """An edit of `attention` that only large scores show."""
+    s = 50 * torch.tanh(q @ k.mT / q.shape[-1] ** 0.5 / 50)
+    return (s if mask is None else s.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
+
+def window_in_odd_layers(self, layer, q, k, v, mask, attend=KVCache.attend):
+    """An edit of KVCache.attend that layer 0 does not show, for one position."""
+    y = attend(self, layer, q, k, v, mask)
+    if layer % 2 == 0 or q.shape[2] > 1:
+        return y
+    seen = slice(max(0, self.length - 9), self.length + 1)
+    return attention(q, self.keys[layer, :, :, seen], self.values[layer, :, :, seen], None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cpu_engine_proof_sees_every_layer_and_large_scores(small, monkeypatch, dtype):
+    engine = CpuEngine(small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine.is_proven(300, dtype)
+    for owner, name, other in ((persimmon, "attention", soft_capped), (KVCache, "attend", window_in_odd_layers)):
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="does not attend as this file's KVCache"):
+            patch.setattr(owner, name, other)
+            assert not engine.is_proven(300, dtype)
+
+
+def test_a_prompt_in_a_transposed_cache_is_attended_by_kv_cache(monkeypatch):
+    """Its own keys are at hand, and need not be read back from where they are transposed."""
+    cache, (q, k, v) = new_cache(CONFIG, 2, 9, TransposedKVCache), torch.randn(3, 2, 3, 5, 16)
+    monkeypatch.setattr(KVCache, "attend", Mock(return_value=q))
+    assert cache.attend(0, q, k, v, None) is q and KVCache.attend.call_count == 1
 
 
 def test_cpu_engine_proves_its_attention(small, monkeypatch):
@@ -3223,6 +3262,7 @@ SPECIAL = {
         model.model.final_layernorm.register_forward_hook(lambda m, x, y: -y)),
     "head": lambda model, mlp: model.lm_head.register_forward_hook(lambda m, x, y: -y),
     "in place": lambda model, mlp: mlp.dense_4h_to_h.weight.data.neg_(),
+    "eps": lambda model, mlp: setattr(model.model.layers[0].post_attention_layernorm, "eps", 0.5),
     "Parameter": lambda model, mlp:
         setattr(mlp.dense_4h_to_h, "weight", torch.nn.Parameter(-mlp.dense_4h_to_h.weight.data)),
 }  # fmt: skip
@@ -3241,14 +3281,14 @@ def test_cuda_engine_notices_changes(small, calls, change):
     calls.clear()
     found = small.generate(ids, max_new_tokens=12)
     plain_attention = {"attention hook", "norm hook"}
-    plain_block = {*SPECIAL} - {"head", "in place", "Parameter", "another hook"}
+    plain_block = {*SPECIAL} - {"head", "in place", "eps", "Parameter", "another hook"}
     assert (calls["fused_attend"] == 0) == (change in plain_attention)
     assert (calls["matvec"] == 0) == (change in plain_block)
     assert torch.equal(found, plainly(small, ids, max_new_tokens=12))
     RerunGraph.count = 0
     late = [step.tokens[0] for step in steps]
     # It is captured anew, but for a weight that it reads where it was; and not at all where hooks have to run.
-    assert RerunGraph.count == (change in {"quantized", "Sequential", "Parameter"})
+    assert RerunGraph.count == (change in {"quantized", "Sequential", "eps", "Parameter"})
     text = torch.cat((ids, torch.tensor([early + late])), 1)
     with torch.no_grad():
         expected = small(text).logits[0, 8:-1].argmax(-1).tolist()
@@ -3779,6 +3819,13 @@ def test_a_cpu_follows_an_edit(tmp_path, name):
         assert warned == ("cpu" in EDITS[name][1] and is_transposed), (processor, dtype)
     mask = torch.arange(21) >= torch.tensor([[8], [0]])
     check_engine(module, model, few_ids(90, 2, 21), torch.float16, mask, room=300)
+
+
+def test_a_new_config_field_has_to_be_listed(tmp_path):
+    """Or a model that is saved with it would be loaded without."""
+    module = edited(tmp_path, ("hidden_dropout: float = 0.0", "window: int = 9\n    hidden_dropout: float = 0.0"))
+    with pytest.raises(ValueError, match="PersimmonConfig has window, and CONFIG_FIELDS does not"):
+        module.load_config(TINY)
 
 
 @runs_kernel
