@@ -10,13 +10,13 @@ that transformers gives them, and logits match transformers' up to rounding.
     Part I    the model: config, RoPE, attention, MLP, KV cache, sampling, generate. Written to be
               read from the top; you can stop at its end.
     Part II   around the model: config.json, weights, tokenizer, chat prompt, classifiers.
-    Part III  the same results, faster: a. on CPUs, b. in int8 and int4, c. on CUDA. Delete any of
-              these blocks, from its banner to the next, and everything else still runs.
+    Part III  the same, faster: a. on CPUs, b. in int8 and int4, c. on CUDA, d. on several devices.
+              Delete any of these blocks, from its banner to the next, and the rest still runs.
 
 Shapes. One letter is one axis, in all comments:
 
     B  batch                           H  attention heads                C  hidden size, C = H*D
-    T  new positions                   D  head size                      F  feed-forward size, 4*C
+    T  new positions (or a prompt)     D  head size                      F  feed-forward size, 4*C
     S  cached + new positions          R  part of D that RoPE rotates    L  layers
     N  positions a cache has room for  O  outputs of a single matrix     V  vocabulary
 
@@ -31,10 +31,7 @@ What is odd about Persimmon, and easy to miss ("the original" is persimmon-ai-la
  4. The activation is relu(x)**2. It overflows float16 in training: fine-tune in bfloat16.
  5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding.
  6. `|ENDOFTEXT|`, id 71013, both begins and ends a text; the hub's tokenizer puts it in front.
- 7. Ids 3 to 70002 are reserved for images and unused: their logits exist, and stay near -17.
-
-Left out: RoPE scaling, tied embeddings, grouped-query attention, beam search, several sequences in
-one row. A config that asks for such a thing is refused, not half followed.
+ 7. Ids 3 to 70002 are reserved for images and unused: their logits are there, and stay near -17.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ from torch import Tensor, nn
 # === Part I. The model ============================================================================
 
 
-@dataclass(frozen=True)
+@dataclass
 class PersimmonConfig:
     """Hyperparameters of a checkpoint, named as in its config.json; the defaults are the 8B's."""
 
@@ -70,7 +67,7 @@ class PersimmonConfig:
     rope_theta: float = 25000.0
     partial_rotary_factor: float = 0.5  # R/D
     bos_token_id: int | None = 71013
-    eos_token_id: int | None = 71013
+    eos_token_id: int | list[int] | None = 71013  # generation stops at any of them
     pad_token_id: int | None = None
     dtype: str | None = None  # of the stored weights, such as "bfloat16"; what dtype="auto" means
     num_labels: int = 2  # of a classifier; config.json lists them as id2label
@@ -118,9 +115,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
     """Which of S positions each of T new ones may look at: bool, (1, 1, T, S) or (B, 1, T, S).
 
-    input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. None is
-    for plain causal attention: whoever changes what is visible must never return it. Without
-    padding there are three cases, and two of them need no mask:
+    input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. None
+    means plain causal attention: if you change what is visible, return a mask in every case.
+    Without padding there are three cases, and two of them need no mask:
         T = S      the text so far is all new: plain causal attention, SDPA's `is_causal`: None
         T = 1      one new position may look at everything: None
         1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is
@@ -142,7 +139,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
     mask, T > 1 positions are causal among themselves."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # a bool in torch.compile too
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile needs a bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -150,14 +147,13 @@ class KVCache:
     """Keys and values of the positions seen so far, so that a pass computes only the new ones.
 
     Memory for N positions is allocated up front, 2*L*C elements per position and row: 576 KiB for
-    the 8B in 16 bit. `length` is the number of positions filled, and nothing else owns it. Use it
-    under torch.no_grad(): writing in place breaks a backward pass.
+    the 8B in 16 bit. `length` is the number of positions filled, and the only record of it. Use
+    the cache under torch.no_grad(): writing in place breaks a backward pass.
     """
 
-    def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
-                 dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_attention_heads, max_length,
-                 config.head_dim)
+    def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
+        shape = (config.num_hidden_layers, B, config.num_attention_heads, N, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # (L, B, H, N, D)
         self.values = torch.empty_like(self.keys)  # (L, B, H, N, D)
         self.length = 0
@@ -179,7 +175,7 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Crop the cache to its first `length` positions: what lies beyond will be overwritten."""
+        """Set the number of positions filled; later ones will be overwritten."""
         self.length = length
 
 
@@ -201,7 +197,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C); rope from rope_tables, mask from causal_mask."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.query_key_value(x)  # (B, T, 3*C), ordered [head, (q, k, v), D]
         q, k, v = qkv.view(B, T, self.num_heads, 3, self.head_dim).unbind(3)  # (B, T, H, D)
         q = apply_rope(self.q_layernorm(q), *rope)  # (B, T, H, D)
@@ -211,7 +207,7 @@ class Attention(nn.Module):
             y = attention(q, k, v, mask, self.dropout * self.training)  # (B, H, T, D)
         else:
             y = cache.attend(self.layer, q, k, v, mask)  # (B, H, T, D)
-        return self.dense(y.transpose(1, 2).reshape(B, T, C))
+        return self.dense(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -262,15 +258,28 @@ class PersimmonPreTrainedModel(nn.Module):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.folder = config, None  # the folder it was loaded from
 
-    def init_weights(self, part: nn.Module) -> None:
+    device = property(lambda self: next(self.parameters()).device, doc="of the embedding")
+    dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
+
+    def init_weights(self, part: nn.Module | None = None) -> None:
         """New weights: matrices normal, std initializer_range; weights of norms 1; biases 0."""
+        part = self if part is None else part
         for name, p in part.named_parameters():
             if p.dim() == 2 and not p.is_meta:  # on meta, normal_ would import dynamo, for 1.3 s
                 nn.init.normal_(p, std=self.config.initializer_range)
             elif p.dim() == 1:
                 nn.init.constant_(p, float(name.endswith("weight")))
+        for m in part.modules():
+            if isinstance(m, nn.Embedding) and m.padding_idx is not None:
+                nn.init.zeros_(m.weight[m.padding_idx])
+
+    def post_init(self, part: nn.Module) -> None:
+        """New weights for `part`; and matrices in int8 or int4, if the config asks for them."""
+        self.init_weights(part)
+        if (asked := self.config.quantization) is not None:
+            QUANTIZERS[asked["quantize"]](self, asked["group_size"])
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute blocks in the backward pass, to save memory (Chen et al., arXiv 1604.06174)."""
@@ -278,12 +287,6 @@ class PersimmonPreTrainedModel(nn.Module):
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
                                         partial(Block.forward, block), use_reentrant=False)
-
-    def loss_logits(self, logits: Tensor) -> Tensor:
-        """Logits in float32, for a loss; ValueError when the model is being trained in float16."""
-        if self.training and logits.dtype == torch.float16:
-            raise ValueError("training in float16 turns Persimmon's weights into NaN: use bfloat16")
-        return logits.float()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
@@ -307,9 +310,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
             padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.init_weights(self)
-        if config.pad_token_id is not None:
-            self.embed_tokens.weight.data[config.pad_token_id] = 0
+        self.post_init(self)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -320,8 +321,11 @@ class PersimmonModel(PersimmonPreTrainedModel):
         holds and what is new: with padding in the cache, pass it in every call. Results at padding
         mean nothing. position_ids, (B, T) or (1, T), are for RoPE; by default they count the tokens
         before each: the mask 0 0 1 1 1 gives 0 0 0 1 2 (and fills indices 0 to 4 of the cache).
-        Raises ValueError for inputs that do not fit each other or the cache.
+        Raises ValueError for inputs that do not fit each other or the cache, and for training in
+        float16, which turns the weights into NaN.
         """
+        if self.training and self.dtype == torch.float16:
+            raise ValueError("float16 turns weights into NaN in training: use bfloat16, or eval()")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -357,8 +361,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         super().__init__(config)
         self.model = PersimmonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.init_weights(self.lm_head)
-        self.fast = True
+        self.post_init(self.lm_head)
+        self.fast = True  # False: `generate` runs the model plainly, and drops Part III's engine
+        self.engine, self.cache_config = None, config  # a part of the heads only in Part III d
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -375,7 +380,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # -0 is 0: all
         loss = None
         if labels is not None:
-            shifted = self.loss_logits(logits)[:, :-1].flatten(0, 1)
+            shifted = logits[:, :-1].flatten(0, 1).float()
             loss = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten())
         return HeadOutput(loss, logits)
 
@@ -390,17 +395,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         steps = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
         return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
 
-    @property
-    def fast(self) -> bool:
-        """Whether `generate` may use the engines of Part III; False also frees what they hold."""
-        return self._fast
-
-    @fast.setter
-    def fast(self, fast: bool) -> None:
-        self._fast, self.engine = fast, None
-
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: an engine belongs to one model."""
+        """Leaves the engine out of copies and pickles: it belongs to one model."""
         return {**self.__dict__, "engine": None}
 
 
@@ -416,30 +412,26 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     if temperature < 1e-30:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
-    ids = None
+    ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
     if top_k > 0 or top_p < 1:
         total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
-        is_enough = False
         if logits.device.type == "cpu" and logits.shape[1] > 1024:
             # Sorting 262,144 logits takes 30 ms; finding the 1024 largest takes 1 and nearly always
             # suffices. topk may drop ties of the smallest, so only larger ones are trusted.
-            ids = logits.topk(1024).indices.sort().values
-            part = logits.gather(1, ids)
-            is_sure = part > part.amin(-1, keepdim=True)
-            reached = is_sure.sum(-1) if top_k > 0 else (part.exp() * is_sure).sum(-1) / total[:, 0]
-            is_enough = bool((reached >= (top_k if top_k > 0 else top_p)).all())
-        if is_enough:
-            logits, order = part.sort(dim=-1, descending=True, stable=True)
-            ids = ids.gather(1, order)
-        else:
-            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+            top_ids = logits.topk(1024).indices.sort().values
+            top = logits.gather(1, top_ids)
+            is_sure = top > top.amin(-1, keepdim=True)
+            reached = is_sure.sum(-1) if top_k > 0 else (top.exp() * is_sure).sum(-1) / total[:, 0]
+            if (reached >= (top_k if top_k > 0 else top_p)).all():
+                logits, ids = top, top_ids
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(1, order)
         if top_k > 0:
             logits[:, top_k:] = -math.inf
             total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if top_p < 1:
             p = logits.exp() / total
             is_outside = p.cumsum(-1) - p >= top_p  # the tokens before this one reach it already
-            is_outside[:, 0] = False
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
@@ -451,7 +443,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     u = 1 - torch.stack(random)  # (B, 1)
     choice = torch.searchsorted(cumsum, u * cumsum[:, -1:])  # (B, 1)
     choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1), for NaN, which `generate` reports
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+    return ids.gather(-1, choice)[:, 0]
 
 
 class Step(NamedTuple):
@@ -462,16 +454,16 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """How `generate` runs a model: this one plainly, those of Part III faster. A model keeps its
-    engine. During a pass it may replace the `forward` of modules; after it, they are as before."""
+    """How `generate` runs a model. This one runs it as it is; those of Part III are faster. During
+    a pass they may replace the `forward` of modules; after it, everything is as before."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         self.model = model
 
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache that suits this engine."""
-        weight = self.model.model.embed_tokens.weight
-        return KVCache(self.model.config, batch_size, max_length, weight.dtype, weight.device)
+    def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
+        """An empty cache for N positions in each of B rows, by default on the model's device."""
+        model = self.model
+        return KVCache(model.cache_config, B, N, model.dtype, device or model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) in float32 after new ids (B, T); mask (B, S or more) covers padding."""
@@ -489,14 +481,16 @@ class Engine:
             yield tokens.tolist(), logprobs.tolist()
 
 
-ENGINES: dict[str, type[Engine]] = {}  # by device type; Part III's blocks register themselves
+# Part III's blocks register themselves: engines by device, and what quantizes a model by name.
+ENGINES: dict[str, type[Engine]] = {}
+QUANTIZERS: dict[str, Callable[..., Any]] = {}  # f(model, group_size, progress=None)
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
     """The model's engine: a plain one in training, under autocast, or with model.fast = False."""
-    device = model.model.embed_tokens.weight.device.type
-    is_plain = not model.fast or model.training or torch.is_autocast_enabled(device)
-    kind = Engine if is_plain else ENGINES.get(device, Engine)
+    device = model.device.type
+    is_fast = device in ENGINES and model.fast and not model.training
+    kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
     if type(model.engine) is not kind:
         model.engine = kind(model)
     return model.engine
@@ -531,37 +525,43 @@ def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tup
 def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None,
              *, max_new_tokens: int = 200, temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-             seed: int = 0, stop_ids: Iterable[int] | None = None,
+             seed: int | None = None, stop_ids: Iterable[int] | None = None,
              cache: KVCache | None = None) -> Iterator[Step]:
     """Continue prompts, one token per row and step, until every row has stopped.
 
     The prompts are input_ids (B, T), with zeros in attention_mask (B, T) for padding on either
     side; apart from rounding, rows do not influence each other. Row b draws from its own generator,
-    seeded seed + b. It stops at one of stop_ids, by default eos_token_id, after max_new_tokens, or
-    at a full context: max_position_embeddings tokens, or what `cache` has room for. Nothing is
-    dropped to make room. The first positions of an unpadded prompt may be in `cache` already.
+    seeded seed + b; without a seed, each call draws one. A row stops at one of stop_ids, by
+    default eos_token_id, after max_new_tokens, or at a full context: max_position_embeddings
+    tokens, or a full `cache`, which the last token is never stored in. Nothing is dropped to make
+    room. The first positions of an unpadded prompt may be in `cache` already.
 
     Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
     ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.
     """
+    seed = torch.Generator().seed() % 2**62 if seed is None else seed
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                   min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
-    config, device = model.config, model.model.embed_tokens.weight.device
+    config, eos, pad = model.config, model.config.eos_token_id, model.config.pad_token_id
+    device = model.device if model.device.type != "meta" else input_ids.device  # offloaded weights
     ids, mask = pad_left(input_ids.to(device, torch.long), attention_mask, config.vocab_size)
-    (B, T), lengths = ids.shape, mask.sum(1).tolist()
-    limit = min(config.max_position_embeddings, math.inf if cache is None else cache.keys.shape[3])
-    if max(lengths) >= limit:
-        raise ValueError(f"the prompt of {max(lengths)} tokens fills the context of {limit}")
-    steps, is_padded = min(max_new_tokens, limit - min(lengths)), min(lengths) < T
+    (B, T), lengths, context = ids.shape, mask.sum(1).tolist(), config.max_position_embeddings
+    steps, is_padded = min(max_new_tokens, context - min(lengths)), min(lengths) < T
+    N = T + steps - 1 if cache is None else cache.keys.shape[3]  # the last token is not read
+    steps = min(steps, N + 1 - T)
+    if max(lengths) >= context or steps < 1:
+        room = f"cache of {N}" if steps < 1 <= context - max(lengths) else f"context of {context}"
+        raise ValueError(f"the prompt of {T} tokens fills the {room}")
     if cache is None:
-        cache = engine_for(model).make_cache(B, T + steps - 1)  # the last token is not read
-    elif is_padded or cache.length >= T:
+        cache = engine_for(model).make_cache(B, N, device)
+    elif cache.length >= T or (is_padded and cache.length > 0):
         raise ValueError(f"a cache of {cache.length} needs a longer, unpadded prompt: not {T}")
-    stop_ids = {config.eos_token_id} if stop_ids is None else set(map(int, stop_ids))
-    pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id or 0
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    stop_ids = set(eos if stop_ids is None else map(int, stop_ids))
+    pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # not what padding holds
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding counts as the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
@@ -582,7 +582,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     for step, (tokens, logprobs) in enumerate(engine_for(model).to_host(results()), start=1):
         if any(map(math.isnan, logprobs)):
-            raise FloatingPointError(f"token {step}: the logits are NaN (float16? use bfloat16)")
+            cause = "use bfloat16" if model.dtype == torch.float16 else "are the weights damaged?"
+            raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
                 tokens[b], logprobs[b] = pad, 0.0
@@ -590,7 +591,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
                 reasons[b] = "stop"
             elif step == max_new_tokens:
                 reasons[b] = "length"
-            elif lengths[b] + step == limit:
+            elif lengths[b] + step == context or step == steps:
                 reasons[b] = "context"
         yield Step(tokens, logprobs, list(reasons))
         if None not in reasons:
@@ -603,37 +604,44 @@ import codecs
 import json
 import os
 import re
-import tempfile
+import shutil
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from itertools import chain
 from types import NoneType
 
 # --- config.json ----------------------------------------------------------------------------------
 DTYPES = ("bfloat16", "float16", "float32")
-CONFIG_FIELDS = (  # names; types, with None if null is a value of its own; range or choices
+CONFIG_FIELDS = (  # names; types, with None if null is a value of its own; range, or choices
     ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-     "max_position_embeddings num_labels", (int,), "positive"),
-    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (float, int), "positive"),
-    ("hidden_dropout attention_dropout", (float, int), "probability"),
-    ("classifier_dropout", (float, int, NoneType), "probability"),
-    ("bos_token_id eos_token_id pad_token_id", (int, NoneType), None),
-    ("qk_layernorm", (bool,), None), ("id2label quantization", (dict, NoneType), None),
-    ("dtype", (str, NoneType), DTYPES), ("problem_type", (str, NoneType), (
-        "regression", "single_label_classification", "multi_label_classification")))
+     "max_position_embeddings", (int,), (1, 2**28)), ("num_labels", (int,), (1, 2**16)),
+    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (float, int),
+     (1e-30, 2**28)), ("hidden_dropout attention_dropout", (float, int), (0, 1)),
+    ("classifier_dropout", (float, int, NoneType), (0, 1)), ("qk_layernorm", (bool,), ()),
+    ("eos_token_id", (int, list, NoneType), (0, 2**28)),
+    ("bos_token_id pad_token_id", (int, NoneType), (0, 2**28)),
+    ("id2label quantization", (dict, NoneType), ()), ("dtype", (str, NoneType), DTYPES),
+    ("problem_type", (str, NoneType), ("regression", "single_label_classification",
+                                       "multi_label_classification")))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError, and ValueError for any other content."""
+    if not file.is_file():  # nor a pipe, from which nothing might ever come
+        raise FileNotFoundError(f"no file {file}: a model's folder has to hold it")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {file}: a model's folder has to hold it") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, brackets nested too deep
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} has to hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to a file."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -653,12 +661,12 @@ def checked_config(**values: Any) -> PersimmonConfig:
             value, key = values[name], f"config key {name} = {values[name]!r}"
             if type(value) not in types:  # isinstance would take True for an int
                 raise ValueError(f"{key} is not of type {types[0].__name__}")
-            if allowed == "positive" and not 0 < value < 2**28:
-                raise ValueError(f"{key} has to be above 0 and below 2**28")
-            if allowed == "probability" and not 0 <= (value or 0) <= 1:
-                raise ValueError(f"{key} is not a probability from 0 to 1")
-            if isinstance(allowed, tuple) and value not in (None, *allowed):
-                raise ValueError(f"{key} is not supported: use one of {', '.join(allowed)}")
+            if str in types and value not in (None, *allowed):
+                raise ValueError(f"{key} is none of {', '.join(allowed)}")
+            numbers = {int, float}.intersection(types)
+            several = value if type(value) is list else [value] * (type(value) in numbers)
+            if not all(type(x) in numbers and allowed[0] <= x <= allowed[1] for x in several):
+                raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     if unlisted := {field.name for field in fields(PersimmonConfig)} - listed:
         raise ValueError(f"PersimmonConfig has {min(unlisted)}, and CONFIG_FIELDS does not")
     config = PersimmonConfig(**values)
@@ -666,8 +674,8 @@ def checked_config(**values: Any) -> PersimmonConfig:
     if C != H * D:
         raise ValueError(f"config key hidden_size = {C} is no multiple of {H} attention heads")
     if not 0 < R <= D or R % 2 != 0:
-        raise ValueError(f"config key partial_rotary_factor: RoPE can't rotate {R} of {D} "
-                         "dimensions, but an even number of them from 2")
+        raise ValueError("config key partial_rotary_factor: RoPE can't rotate an odd number of "
+                         f"dimensions or none, {R} of {D}")
     pad, V, labels, K = config.pad_token_id, config.vocab_size, config.id2label, config.num_labels
     if pad is not None and not 0 <= pad < V:
         raise ValueError(f"config key pad_token_id = {pad} is not in the vocabulary of {V}")
@@ -677,9 +685,14 @@ def checked_config(**values: Any) -> PersimmonConfig:
 
 
 def load_config(folder: str | Path) -> PersimmonConfig:
-    """Read config.json, in the hub's form of 2023 or that of transformers 5. ValueError if it asks
-    for anything but Persimmon; keys that change no result (use_cache, ...) are ignored."""
+    """Read config.json, in the hub's form of 2023 or that of transformers 5, and eos_token_id from
+    generation_config.json, if it is there. ValueError if config.json asks for anything but
+    Persimmon; keys that change no result (use_cache, ...) are ignored."""
+    settle(Path(folder))
     raw, rope = read_json(Path(folder) / "config.json"), {}
+    generation = Path(folder) / "generation_config.json"
+    stop = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    raw |= {} if stop is None else {"eos_token_id": stop}
     for key in ("rope_scaling", "rope_parameters"):  # in 2023, often null; in transformers 5
         if not isinstance(raw.get(key) or {}, dict):
             raise ValueError(f"config key {key} = {raw[key]!r} is not an object")
@@ -696,7 +709,8 @@ def load_config(folder: str | Path) -> PersimmonConfig:
     config = checked_config(**{
         name: values[name] for names, types, _ in CONFIG_FIELDS for name in names.split()
         if name in values and (values[name] is not None or NoneType in types)})
-    required = {key: None for key in rope if key not in ("rope_theta", "partial_rotary_factor")}
+    harmless = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    required = {key: None for key in rope if key not in harmless}
     required |= {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
                  "rope_type": "default", "type": "default", "quantization_config": None,
                  "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
@@ -720,10 +734,17 @@ def config_to_dict(config: PersimmonConfig) -> dict[str, Any]:
 
 # --- Loading and saving ---------------------------------------------------------------------------
 
-# Name -> function (model, group_size, progress) that quantizes a model, also on the meta device.
-QUANTIZERS: dict[str, Callable[..., Any]] = {}
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
                       torch.uint8: "U8", torch.int8: "I8"}  # the integers: quantized matrices
+
+
+def unreadable(file: Path, kind: str, reason: object = "") -> ValueError:
+    """The error to raise for a file that a library can't read as what it should be."""
+    with file.open("rb") as opened:
+        if opened.read(26) == b"version https://git-lfs.gi":
+            return ValueError(f"{file} is a pointer of Git LFS: fetch the file with `git lfs pull`")
+    return ValueError(f"{file} is cut off, damaged or no {kind}: {reason}".removesuffix(": "))
 
 
 def open_safetensors(file: Path) -> Any:
@@ -732,7 +753,7 @@ def open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off, damaged or no safetensors file: {error}") from None
+        raise unreadable(file, "safetensors file", error) from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -748,8 +769,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     for name, shard in shards.items():
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{index} says that {name} is in {shard}, which is not there")
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise FileNotFoundError(f"{index} places {name} in {shard}, no file of its folder")
     return {name: folder / shard for name, shard in shards.items()}
 
 
@@ -762,8 +783,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     dtype "auto" is config.json's, else the file's own, in which weights on a CPU are mapped from
     the file: pages are read when first used, and training never changes the file. quantize = "int8"
     or "int4" quantizes 16-bit weights one matrix after the other, int4 in groups of group_size
-    inputs. progress is called with the fraction that is done. changes replace config.json's values,
-    as in num_labels=3. A classifier from a language model's folder gets a new head, with a warning.
+    inputs. progress is called with the fraction that is done, in bytes. changes replace values of
+    config.json, as in num_labels=3. A head that the folder lacks is new, with a warning.
 
     Raises FileNotFoundError for what is missing, and ValueError, naming file and tensor, for what
     is damaged or does not fit.
@@ -777,21 +798,24 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     if unknown := {stored_kind, quantize} - {None, *QUANTIZERS}:
         raise ValueError(f"quantize = {min(unknown)!r} for {folder}: this copy of persimmon.py has "
                          f"{' and '.join(QUANTIZERS) or 'neither int8 nor int4'}")
+    quantize = None if quantize == stored_kind else quantize
+    files, L = tensor_files(folder), config.num_hidden_layers
+    if len(files) < 12 * L:  # a layer has 12 at least; to make a model of many takes long
+        raise ValueError(f"{folder} has {len(files)} tensors: too few for config.json's {L} layers")
     with torch.device("meta"):  # without memory: the tensors of the file become the weights
-        model = cls(replace(config, quantization=None))
-        if stored_kind is not None:
-            QUANTIZERS[stored_kind](model, config.quantization["group_size"], None)
+        model = cls(config)
 
-    # The files have to hold exactly the model's tensors, except that a classifier's head may be
-    # missing, a bare model's names may lack `model.`, and `ignored` may be left over.
-    files = tensor_files(folder)
+    # The files have to hold exactly the model's tensors, except that a head may be missing, or be
+    # that of another model; a bare model's names may lack `model.`.
     own = {name.removeprefix("model."): (name, p) for name, p in model.state_dict().items()}
-    has_head = any(name.startswith("score.") for name in files)
-    head = {name for name in own if name.startswith("score.") and not has_head}
-    ignored = ["rotary_emb.inv_freq"]  # computed here; some older versions store it
-    if head or cls is PersimmonModel:
-        ignored += ["lm_head.weight", "lm_head.scale"]
-    names = [name for name in files if not name.endswith(tuple(ignored))]
+    heads = tuple(f"{head}." for head in ("score", "lm_head"))
+    head = {name for name in own if name.startswith(heads)}
+    is_own = cls.__name__ in (read_json(folder / "config.json").get("architectures") or [])
+    if is_own or head & files.keys() or (stored_kind and cls is PersimmonForCausalLM):
+        head = set()  # it has to be there; a new one would not be quantized
+    ignored = () if head == set() and cls is not PersimmonModel else heads
+    names = [name for name in files if not name.startswith(ignored)
+             and not name.endswith("rotary_emb.inv_freq")]  # which some older versions store
     stored = {name.removeprefix("model."): name for name in names}
     if len(stored) != len(names):
         raise ValueError(f"{folder} has tensors twice, with and without `model.` in front")
@@ -803,6 +827,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
 
     target = as_dtype(dtype) if dtype != "auto" else config.dtype and as_dtype(config.dtype)
     opened, state = {file: open_safetensors(file) for file in set(files.values())}, {}
+    done, total = 0, sum(own[name][1].nbytes for name in stored)
     for bare_name, name in stored.items():
         (own_name, empty), file = own[bare_name], files[name]
         if name not in opened[file].keys():
@@ -816,16 +841,18 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
             raise ValueError(f"{what} as {tensor.dtype}: config.json makes it {empty.dtype}")
         target = target or (tensor.dtype if is_float else None)
         state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
+        done += empty.nbytes
         if progress is not None and quantize is None:  # else the quantizer reports progress
-            progress(len(state) / len(stored))
+            progress(done / total)
     state |= {n: torch.empty_like(own[n][1], dtype=target, device=device or "cpu") for n in head}
     model.load_state_dict(state, assign=True)
     if head:
-        model.init_weights(model.score)
-        warnings.warn(f"{folder} has no classifier: {', '.join(sorted(head))} is new, random, and "
-                      "to be trained; lm_head.weight is not used", stacklevel=3)
+        model.init_weights(model.get_submodule(min(head).split(".")[0]))
+        warnings.warn(f"{folder} has no {' and '.join(sorted(head))} for a {cls.__name__}: new, "
+                      "random, and to be trained", stacklevel=3)
     if quantize is not None:
         QUANTIZERS[quantize](model, group_size, progress)
+    model.folder = folder.absolute()
     return model.eval()
 
 
@@ -849,27 +876,89 @@ def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
         os.fsync(out.fileno())
 
 
-def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
-    """Implements save_pretrained. A new folder appears only when complete. In one that exists,
-    whole new files replace those of the same name, and others are kept."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = checked_config(**(asdict(model.config) | {"dtype": dtype}))
-    content = {"architectures": [type(model).__name__], **config_to_dict(config)}
-    tensors = [(name, t.dtype, t.shape, [t]) for name, t in model.state_dict().items()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.unfinished-") as tmp:
-        new = Path(tmp, "new")  # on the same disk, so that a rename is atomic; usual permissions
-        new.mkdir()
-        write_safetensors(new / "model.safetensors", tensors)
-        (new / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if not folder.exists():
-            new.rename(folder)
-        else:
-            for file in new.iterdir():
+def settle(folder: Path) -> None:
+    """Finish what `staging` does at its end, where it was interrupted there."""
+    complete = folder / ".complete"
+    if (complete / "model.safetensors.index.json").is_file():
+        (folder / "model.safetensors").unlink(missing_ok=True)  # it would count, not the index
+    with suppress(FileNotFoundError, NotADirectoryError):  # nothing to do, or just done
+        for file in list(complete.iterdir()):
+            with suppress(FileNotFoundError):  # another process has moved it
                 file.replace(folder / file.name)
+        complete.rmdir()
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A new folder for files that move to `folder` when the block has ended, all of them or none.
+
+    A `folder` that is new appears complete. In one that exists, they replace files of the same name
+    and other weights. ValueError while another process does this, OSError as the system has it.
+    """
+    folder = Path(os.path.realpath(folder))  # renaming works within one disk: where a link leads
+    exists = folder.exists()
+    scratch = folder / ".unfinished" if exists else folder.with_name(f"{folder.name}.unfinished")
+    new = scratch / "new"
+    scratch.mkdir(parents=True, exist_ok=True)
+    if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
+        raise ValueError(f"{scratch} is in the way: files are written there at first")
+    with (scratch / "lock").open("w") as lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {folder}") from None
+        except (ImportError, OSError):
+            pass  # Windows has no locks of this kind, nor have some disks in a network
+        try:
+            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+            new.mkdir()
+            yield new
+            if not exists:
+                new.rename(folder)  # fails if there is something by now
+            else:
+                settle(folder)
+                names = {*os.listdir(new)}
+                new.rename(folder / ".complete")  # from here on, the new files count
+                settle(folder)
+                for file in folder.glob("model*.safetensors*"):
+                    if (re.fullmatch(r"model-\d+-of-\d+.safetensors|.*index.json", file.name)
+                            and file.name not in names):
+                        file.unlink()
+                beside = folder.with_name(f"{folder.name}.unfinished")
+                with suppress(OSError):  # of a process killed when `folder` had just appeared
+                    (beside / "lock").unlink(missing_ok=True)
+                    beside.rmdir()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
+    """Implements save_pretrained, see `staging`. The tokenizer's files come along, from the folder
+    that the model was loaded from."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = checked_config(**asdict(model.config) | {"dtype": dtype})
+    tensors = [(name, t.dtype, t.shape, [t]) for name, t in model.state_dict().items()]
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with staging(folder) as new:
+        write_safetensors(new / "model.safetensors", tensors)
+        write_json(new / "config.json", {"architectures": [type(model).__name__],
+                                         **config_to_dict(config)})
+        write_json(new / "generation_config.json", ids)
+        for name in TOKENIZER_FILES:
+            if model.folder and (model.folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(model.folder / name, new / name)
 
 
 # --- Tokenizer, streaming, chat prompt ------------------------------------------------------------
+
+class Inputs(dict[str, Tensor]):
+    """What a model takes, as in model(**inputs)."""
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same on another device."""
+        return Inputs({name: tensor.to(device) for name, tensor in self.items()})
+
 
 class Tokenizer:
     """SentencePiece (unigram with byte fallback), with `|ENDOFTEXT|` in front of each text, unless
@@ -884,7 +973,7 @@ class Tokenizer:
         try:
             self.processor = SentencePieceProcessor(model_file=str(file))
         except RuntimeError:
-            raise ValueError(f"{file} is damaged or no SentencePiece model") from None
+            raise unreadable(file, "SentencePiece model") from None
         self.end_of_text = self.processor.piece_to_id("|ENDOFTEXT|")  # the unknown id if absent
         if self.processor.id_to_piece(self.end_of_text) != "|ENDOFTEXT|":
             self.end_of_text = self.processor.eos_id()
@@ -907,13 +996,22 @@ class Tokenizer:
         add_bos = self.add_bos if add_bos is None else add_bos
         return [self.end_of_text] * add_bos + self.processor.encode(text)
 
-    def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """Text of ids; `|ENDOFTEXT|` gives nothing, invalid UTF-8 U+FFFD, an unknown id U+2047."""
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        size, unk, end = len(self), self.processor.unk_id(), self.end_of_text
-        return self.processor.decode([i if 0 <= i < size else unk for i in ids if i != end])
+    def decode(self, ids: Iterable[int] | Tensor | int, skip_special_tokens: bool = True) -> str:
+        """Text of the ids of one text; invalid UTF-8 gives U+FFFD, an unknown id U+2047, and
+        `|ENDOFTEXT|` nothing, or itself with skip_special_tokens = False."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or an array of numpy's
+        end, unk = self.end_of_text, self.processor.unk_id()
+        texts: list[list[int]] = [[]]  # what lies between ends of text
+        for i in [ids] if isinstance(ids, int) else ids:
+            if isinstance(i, list):
+                raise ValueError("decode takes the ids of one text, not of several")
+            if i == end and not skip_special_tokens:
+                texts.append([])
+            elif i != end:
+                texts[-1].append(int(i) if 0 <= i < len(self) else unk)
+        return self.processor.id_to_piece(end).join(map(self.processor.decode, texts))
 
-    def __call__(self, text: str | Sequence[str], return_tensors: str = "pt") -> dict[str, Tensor]:
+    def __call__(self, text: str | Sequence[str], return_tensors: str = "pt") -> Inputs:
         """input_ids and attention_mask, both (B, T), of one or more texts, padded on the left."""
         if return_tensors != "pt":
             raise ValueError(f"return_tensors = {return_tensors!r} is not supported: use 'pt'")
@@ -921,7 +1019,7 @@ class Tokenizer:
         T = max(map(len, rows), default=0)
         ids = [[self.end_of_text] * (T - len(row)) + row for row in rows]
         mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-        return {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
+        return Inputs(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())
 
 
 class StreamDecoder:
@@ -936,9 +1034,9 @@ class StreamDecoder:
         for i in prompt_ids:
             self.push(i)
 
-    def push(self, token: int) -> str:
+    def push(self, token: int | Tensor) -> str:
         """The text that is certain once `token` is known: often a word, sometimes nothing."""
-        self.pending.append(token)
+        self.pending.append(int(token))
         processor, tail = self.tokenizer.processor, b""  # an incomplete character has 1 to 3 bytes
         for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
             is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
@@ -1004,10 +1102,10 @@ class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
         position = torch.arange(T, dtype=torch.long, device=x.device).expand(B, T)  # (B, T)
         if pad is not None and input_ids is not None:
             position = position * (input_ids != pad)  # (B, T)
-        last = position.argmax(-1, keepdim=True)  # (B, 1)
-        logits = self.score(x.take_along_dim(last[..., None], dim=1)[:, 0])
+        last = position.argmax(-1)  # (B)
+        logits = self.score(x[torch.arange(B, device=x.device), last])
         loss = None if labels is None else classification_loss(
-            self.loss_logits(logits), labels, self.config.problem_type)
+            logits.float(), labels, self.config.problem_type)
         return HeadOutput(loss, logits)
 
 
@@ -1029,8 +1127,13 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
         x = self.model(input_ids, attention_mask, position_ids, None, inputs_embeds)[0]  # (B, T, C)
         logits = self.score(self.dropout(x))
         loss = None if labels is None else nn.functional.cross_entropy(
-            self.loss_logits(logits).flatten(0, 1), labels.flatten())
+            logits.flatten(0, 1).float(), labels.flatten())
         return HeadOutput(loss, logits)
+
+
+__all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache", "generate",
+           "sample", "Step", "load_config", "Tokenizer", "StreamDecoder", "chat_prompt",
+           "PersimmonForSequenceClassification", "PersimmonForTokenClassification"]
 
 
 # === Part III. Faster =============================================================================
@@ -1039,8 +1142,6 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
 # modules during its own passes, and only where `is_unmodified` agrees. Code that restates lines of
 # Part I is compared with them before it is used: on CUDA in the model's own blocks, on CPUs with
 # random keys and values.
-
-from contextlib import contextmanager
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -1096,19 +1197,15 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 # === Part III a. CPU ==============================================================================
 #
-# To decode a token is to multiply every weight once, so it takes at least the time of reading the
-# weights, and the best operator is the one that reads memory fastest. For W x with a large W:
+# To decode a token, every weight is read once, so the best operator is the one that reads memory
+# fastest. These do it at full speed, for W x with a large W:
 #
-#   AMX, bfloat16           W first, by mv, or mm for up to 32 rows: full speed. F.linear, which
-#                           reorders W: 0.8 of it
-#   AVX512-BF16 but no AMX  dot_products, for one row: full speed, in float32 too. F.linear: a half,
-#   (AMD's Zen 4)           W first: a third
-#   all else                F.linear
+#   AMX, bfloat16           mv, or mm for up to 32 rows, W first. F.linear reorders W: 0.8 of it
+#   AVX512-BF16 but no AMX  dot_products, for one row. F.linear: a half; W first: a third
 #
 # dot_products is a derivative of embedding_bag, an operator made for recommenders: the sum of some
-# rows of a table, each times a factor. The sum itself serves where most inputs are zero
-# (sparse_linear), and for attention in 16 bit, except in bfloat16 with AMX: without AMX, SDPA reads
-# a long cache at an eighth of the memory's speed.
+# rows of a table, each times a factor. The sum itself serves where most inputs are zero, and for
+# attention in 16 bit where there is no AMX: SDPA reads a long cache at an eighth of the speed.
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1126,24 +1223,19 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
     return backward(x[None], weight, rows, bags[:1], bags, 0)  # bag 0 starts at 0; mode 0 is sum
 
 
-def small_batch_matmul(weight: Tensor, x: Tensor) -> Tensor | None:
-    """x W^T, (rows, O), for x (rows, C), by an operator that is faster than F.linear, or None."""
-    rows, has_amx = len(x), cpu_has("amx_tile")
-    if has_amx and x.dtype == torch.bfloat16 and rows <= 32:
-        return torch.mv(weight, x[0])[None] if rows == 1 else (weight @ x.t()).t().contiguous()
-    if rows == 1 and not has_amx and cpu_has("avx512_bf16") and x.dtype != torch.float16:
-        return dot_products(weight, x[0])[None]
-    return None
-
-
 def cpu_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x), x (..., C) -> (..., O)."""
-    W, y = linear.weight, None
-    if x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled():
-        y = small_batch_matmul(W, x.reshape(-1, linear.in_features))
-    if y is None:
+    """linear(x), x (..., C) -> (..., O), for few rows by an operator faster than F.linear."""
+    W, has_amx = linear.weight, cpu_has("amx_tile")
+    rows = x.reshape(-1, linear.in_features)  # (rows, C)
+    fits = x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled()
+    if fits and has_amx and x.dtype == torch.bfloat16 and len(rows) <= 32:
+        y = torch.mv(W, rows[0]) if len(rows) == 1 else (W @ rows.t()).t().contiguous()
+    elif (fits and not has_amx and cpu_has("avx512_bf16") and x.dtype != torch.float16
+          and len(rows) == 1):
+        y = dot_products(W, rows[0])
+    else:
         return nn.functional.linear(x, W, linear.bias)
-    return (y if linear.bias is None else y + linear.bias).view(*x.shape[:-1], len(W))
+    return (y if linear.bias is None else y + linear.bias).reshape(*x.shape[:-1], len(W))
 
 
 def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
@@ -1168,10 +1260,10 @@ class TransposedKVCache(KVCache):
 
     block = 256  # positions
 
-    def __init__(self, config: PersimmonConfig, batch_size: int, max_length: int,
-                 dtype: torch.dtype, device: torch.device | str) -> None:
-        N = max_length if max_length <= self.block else -(-max_length // self.block) * self.block
-        super().__init__(config, batch_size, N, dtype, device)
+    def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
+        N = N if N <= self.block else -(-N // self.block) * self.block
+        super().__init__(config, B, N, dtype, device)
         L, B, H, N, D = self.keys.shape
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
 
@@ -1242,17 +1334,16 @@ class CpuEngine(Engine):
         self.sources: dict[nn.Linear, tuple[Tensor, tuple]] = {}  # weight and its fingerprint then
         self.proven: float = 0  # the longest cache attention was compared in; infinity: it differed
 
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+    def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """Keys are stored transposed in 16 bit, unless the cache is short or SDPA is faster."""
-        config, weight = self.model.config, self.model.model.embed_tokens.weight
-        has_fast_sdpa = weight.dtype == torch.bfloat16 and cpu_has("amx_tile")
-        is_long = config.num_attention_heads * max_length >= 4096
-        if weight.dtype == torch.float32 or has_fast_sdpa or not is_long:
-            return super().make_cache(batch_size, max_length)
-        if max_length > self.proven:
-            self.proven = max_length if self.is_proven(max_length, weight.dtype) else math.inf
+        config, dtype = self.model.cache_config, self.model.dtype
+        has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
+        if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
+            return super().make_cache(B, N)
+        if N > self.proven:
+            self.proven = N if self.is_proven(N, dtype) else math.inf
         kind = KVCache if self.proven == math.inf else TransposedKVCache
-        return kind(config, batch_size, max_length, weight.dtype, weight.device)
+        return kind(config, B, N, dtype, "cpu")
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
         """Whether TransposedKVCache attends as KVCache does, with N positions of two heads."""
@@ -1298,10 +1389,10 @@ class CpuEngine(Engine):
         downs = [getattr(m, "dense_4h_to_h", None) for m in self.model.modules()
                  if isinstance(m, MLP)]
         self.downs = [m for m in downs if m in self.linears]
-        for linear, (weight, was) in list(self.sources.items()):
-            if linear.weight is not weight or fingerprint(weight) != was:
+        for linear, (source, was) in list(self.sources.items()):
+            if linear.weight is not source or fingerprint(source) != was:
                 del self.tables[linear], self.sources[linear]
-        return self.run(ids, mask, cache)
+        return self.next_logits(ids, mask, cache)
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the tables that are missing; progress is called with the fraction that is done."""
@@ -1327,14 +1418,14 @@ class CpuEngine(Engine):
                 yield linear, partial(cpu_linear, linear)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine, with the products above."""
+        """As in Engine; first makes the tables."""
         self.prepare()
-        return self.run(ids, mask, cache)
+        return self.next_logits(ids, mask, cache)
 
-    def run(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """next_logits by the products above."""
+    def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """As in Engine, by the products above."""
         with replaced_forward(self.forwards()):
-            return self.next_logits(ids, mask, cache)
+            return super().next_logits(ids, mask, cache)
 
 
 ENGINES["cpu"] = CpuEngine
@@ -1365,18 +1456,22 @@ class QuantizedLinear(nn.Module):
 
     max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
     split_dim, scale_dim = 0, 0  # W is quantized in parts: where to split it and to join its scales
+    axes: tuple[dict[str, int], ...]  # which axis of a tensor belongs to outputs, which to inputs
     packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
 
-    def __init__(self, linear: nn.Linear, group_size: int) -> None:
+    def __init__(self, linear: nn.Linear, group_size: int,
+                 progress: Callable[[float], None] = float) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
-        parts = [weight] if weight.is_meta else weight.split(64, self.split_dim)
-        stored = zip(*map(self.quantize_weight, parts))
-        for name, dim, tensors in zip(("weight", "scale"), (0, self.scale_dim), stored):
+        parts, stored = [weight] if weight.is_meta else weight.split(64, self.split_dim), []
+        for part in parts:
+            stored.append(self.quantize_weight(part))
+            progress(len(stored) / len(parts))
+        for name, dim, tensors in zip(("weight", "scale"), (0, self.scale_dim), zip(*stored)):
             self.register_buffer(name, tensors[0] if weight.is_meta else torch.cat(tensors, dim))
         self.train(linear.training)
 
@@ -1428,6 +1523,7 @@ class Int8Linear(QuantizedLinear):
     """8 bits, symmetric, one scale per output."""
 
     max_rows = 16
+    axes = {"weight": 0, "scale": 0}, {"weight": 1}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (O, C) -> weight int8 (O, C) and scale (O)"""
@@ -1461,6 +1557,7 @@ class Int4Linear(QuantizedLinear):
     """4 bits, a scale and an offset for each group of inputs and each output."""
 
     scale_dim = 1
+    axes = {"weight": 0, "scale": 1}, {"weight": 1, "scale": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (O, C) -> weight uint8 (O/64, C, 32) and scale (C/g, O, 2), the best of six:
@@ -1538,6 +1635,7 @@ class Int8SparseLinear(QuantizedLinear):
     """8 bits, a scale and an offset per input. The rows of inputs that are zero are not read."""
 
     split_dim = 1
+    axes = {}, {"weight": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor]:
         """weight (C, F) -> weight uint8 (F, C + 8): C codes, a float32 scale, a float32 offset"""
@@ -1575,30 +1673,35 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
     """Replace each Linear but a classifier's head, one by one, in int8 or int4; returns the model.
     A ValueError for weights that can't be quantized leaves it quantized in part, and of no use."""
-    if (found := model.config.quantization) is not None:
-        raise ValueError(f"the model is quantized already, in {found['quantize']}")
+    quantization = {"quantize": kind, "group_size": group_size}
+    if model.config.quantization not in (None, quantization):
+        found = model.config.quantization["quantize"]
+        raise ValueError(f"the model is quantized already, in {found}")
     if kind not in ("int8", "int4"):
         raise ValueError(f"quantize = {kind!r} is neither int8 nor int4")
     if group_size not in (32, 64, 128):
         raise ValueError(f"group_size = {group_size} is none of 32, 64 and 128")
     linears = [(path, parent, child) for path, parent in model.named_modules()
                for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
-    for done, (path, parent, child) in enumerate(linears, start=1):
+    done, total = 0, sum(getattr(parent, child).weight.nbytes for _, parent, child in linears)
+    for path, parent, child in linears:
+        size = getattr(parent, child).weight.nbytes
+        count = (lambda part: progress((done + part * size) / total)) if progress else float
         is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
         try:
-            setattr(parent, child, cls(getattr(parent, child), group_size))
+            setattr(parent, child, cls(getattr(parent, child), group_size, count))
         except ValueError as error:
             raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
-        if progress is not None:
-            progress(done / len(linears))
-    config = replace(model.config, quantization={"quantize": kind, "group_size": group_size})
+        done += size
+    config = replace(model.config, quantization=quantization)
     for part in model.modules():
         if isinstance(part, PersimmonPreTrainedModel):
             part.config = config
     return model
 
 
+__all__ += ["quantize_model"]
 QUANTIZERS["int8"] = lambda model, *options: quantize_model(model, "int8", *options)
 QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *options)
 
@@ -1899,7 +2002,7 @@ class CudaEngine(Engine):
 
     There are two ways to run a block: "block", by fused_block, for one token of one text, and
     "attention", with fused_attention in it, for all else. Both are compared with the plain block
-    before they are used, and anew when a module has changed.
+    before they are used, and again when a module has changed.
     """
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
@@ -1911,16 +2014,15 @@ class CudaEngine(Engine):
         self.forwards: dict[str, list[tuple[nn.Module, Callable]]] = {}  # by way
         self.proven: dict[tuple[str, bool], float] = {}  # by way and T > 1: longest cache; 0: wrong
 
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+    def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, where there is Triton."""
-        kind, weight = KVCache, self.model.model.embed_tokens.weight
-        if triton_kernels() is not None:
-            kind = StaticCache
-        return kind(self.model.config, batch_size, max_length, weight.dtype, weight.device)
+        kind, model = KVCache if triton_kernels() is None else StaticCache, self.model
+        return kind(model.cache_config, B, N, model.dtype, model.device)
 
     def find_forwards(self, way: str) -> list[tuple[nn.Module, Callable]]:
         """What stands in for the forward of each block, or of its attention; [] if not all can."""
-        blocks, head = self.model.model.layers, self.model.lm_head
+        blocks = [m for m in self.model.modules() if isinstance(m, Block)]
+        head = self.model.lm_head
         layers = [block.self_attn for block in blocks]
         kinds = {Attention, nn.LayerNorm, nn.Identity}
         if way == "block":
@@ -1957,7 +2059,7 @@ class CudaEngine(Engine):
     def is_proven(self, forwards: list[tuple[nn.Module, Callable]], cache: StaticCache,
                   T: int) -> bool:
         """Whether each block adds to x what it adds plainly, where T positions fill the cache."""
-        config, (L, B, _, N, _) = self.model.config, cache.keys.shape
+        config, (L, B, _, N, _) = self.model.cache_config, cache.keys.shape
         B, device, dtype, new = min(B, 2), cache.keys.device, cache.keys.dtype, dict(forwards)
         random = torch.Generator(device).manual_seed(0)
         caches = [kind(replace(config, num_hidden_layers=1), B, N, dtype, device) for kind, dtype in
@@ -1975,7 +2077,7 @@ class CudaEngine(Engine):
         exact_rope = rope_tables(input_pos[None], config, torch.float32)
         rope = tuple(table.to(dtype) for table in exact_rope)
         try:
-            for n, block in enumerate(self.model.model.layers):
+            for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
                 with replaced_forward((m, new[m]) for m in block.modules() if m in new):
                     fast = block(x, rope, mask, caches[0]) - x
                 plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
@@ -2037,7 +2139,7 @@ class CudaEngine(Engine):
         return replay
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """As in Engine, one step late: the GPU computes the next while Python sees to this one.
+        """As in Engine, one step late: the GPU computes the next while Python handles this one.
 
         The first is not late, since what comes next takes long when kernels are compiled.
         """
@@ -2054,3 +2156,158 @@ class CudaEngine(Engine):
 
 
 ENGINES["cuda"] = CudaEngine
+
+
+# === Part III d. Several devices ==================================================================
+#
+# Tensor parallelism (Shoeybi et al., arXiv 1909.08053) for generation, with a process for each
+# device. Each of n has H/n heads and F/n activations in every block, the outputs of which are
+# summed, and V/n rows of lm_head. Process 0 runs as if it was alone, and the others follow:
+#
+#     model = parallelize(PersimmonForCausalLM.from_pretrained(folder))
+#     if torch.distributed.get_rank() > 0:
+#         serve(model)                      # until follow(None)
+#     else:
+#         ...                               # generate(model, ...), as often as you like
+#         follow(None)
+
+import weakref
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+def follow(order: Any) -> Any:
+    """Hands what process 0 calls this with to all processes; None ends `serve`."""
+    box = [order]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[0] is None:
+        dist.destroy_process_group()
+    return box[0]
+
+
+def summed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A `forward` whose result is the sum of all processes' results."""
+    def total(*args: Any) -> Tensor:
+        y = forward(*args).clone()
+        dist.all_reduce(y)
+        return y
+    return total
+
+
+class ParallelAttention(Attention):
+    """Attention by this process's heads, and the sum over all."""
+    forward = summed(Attention.forward)
+
+
+class ParallelMLP(MLP):
+    """An MLP with this process's activations, and the sum over all."""
+    forward = summed(MLP.forward)
+
+
+class ParallelHead(nn.Sequential):
+    """lm_head, of which each process has some rows: the logits of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, V)"""
+        own = super().forward(x).contiguous()  # (B, T, V/n)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        return torch.cat(parts, dim=-1)
+
+
+class ParallelForCausalLM(PersimmonForCausalLM):
+    """To be called in process 0, while the others `serve`; without gradients."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+                cache: KVCache | None = None, logits_to_keep: int = 0) -> HeadOutput:
+        """As in PersimmonForCausalLM. ValueError for a cache that was copied when it held some."""
+        if dist.get_rank() > 0:
+            logits_to_keep = self.logits_to_keep
+        else:  # what can fail is checked before the others begin
+            (B, T), S = input_ids.shape, input_ids.shape[1]
+            if cache is not None:
+                is_known = cache.length == 0 or id(cache) in self.caches
+                if not is_known or cache.keys.shape[2] != self.cache_config.num_attention_heads:
+                    raise ValueError("the other processes have no copy of this cache")
+                S = cache.positions(B, T)[1]
+                self.caches[id(cache)] = cache
+            if attention_mask is not None and attention_mask.shape != (B, S):
+                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not {B, S}")
+            inputs = [x if x is None else x.cpu() for x in (input_ids, attention_mask)]
+            place = cache and (id(cache), *cache.keys.shape[1:4:2], cache.length)
+            follow((*inputs, logits_to_keep, place, [*self.caches]))
+        with torch.no_grad():
+            return super().forward(input_ids, attention_mask, cache=cache,
+                                   logits_to_keep=logits_to_keep)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Raises ValueError: a process has only its share of the weights."""
+        raise ValueError("a model can't be saved any more after parallelize")
+
+
+def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
+    """Cut the model down to this process's share, in place. While weights are mapped from a file,
+    on the CPU, nothing else of it stays in memory. ValueError if the sizes are no multiples of n,
+    which can leave the model cut in part. Once `follow(None)` was called, processes can't go on."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=20))  # a chat may pause
+    n, rank, config, linears = dist.get_world_size(), dist.get_rank(), model.config, []
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % n != 0:
+            raise ValueError(f"{name} = {getattr(config, name)} is no multiple of {n} processes")
+    model.to(model.device)  # quantized layers forget what they have packed
+    for block in model.model.layers:
+        layer, mlp = block.self_attn, block.mlp
+        if (type(layer), type(mlp)) != (Attention, MLP):
+            raise ValueError("parallelize knows Attention and MLP only, and not cut before")
+        linears += [(layer.query_key_value, 0), (layer.dense, 1),  # 0 cuts outputs, 1 cuts inputs
+                    (mlp.dense_h_to_4h, 0), (mlp.dense_4h_to_h, 1)]
+        layer.num_heads //= n  # the rows of query_key_value are ordered by head
+        layer.__class__, mlp.__class__ = ParallelAttention, ParallelMLP
+    for linear, dim in [*linears, (model.lm_head, 0)]:
+        for name, axis in getattr(linear, "axes", ({"weight": 0}, {"weight": 1}))[dim].items():
+            tensor = getattr(linear, name).detach()
+            size = tensor.shape[axis]  # where there is padding, more than the layer has
+            if size % n != 0 or size > (linear.out_features, linear.in_features)[dim]:
+                raise ValueError(f"{name} {tuple(tensor.shape)} can't be divided by {n} processes")
+            part = tensor.chunk(n, axis)[rank]
+            if name in linear._parameters:  # rows of it can stay mapped
+                setattr(linear, name, nn.Parameter(part.contiguous(), requires_grad=False))
+            else:
+                setattr(linear, name, part.clone())
+        if dim == 0:
+            linear.out_features //= n
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.detach().chunk(n)[rank], False)
+        else:
+            linear.in_features //= n
+            linear.bias = linear.bias if rank == 0 else None
+    model.lm_head, model.caches = ParallelHead(model.lm_head), weakref.WeakValueDictionary()
+    model.cache_config = replace(config, num_attention_heads=config.num_attention_heads // n,
+                                 hidden_size=config.hidden_size // n)
+    model.__class__ = ParallelForCausalLM
+    return model
+
+
+def serve(model: ParallelForCausalLM) -> None:
+    """In every process but the first: take part in what it computes, until it ends with None."""
+    caches: dict[int, KVCache] = {}
+    while (order := follow(None)) is not None:
+        *inputs, model.logits_to_keep, place, live = order
+        ids, mask = [x if x is None else x.to(model.device) for x in inputs]
+        if place is None:
+            model(ids, mask)
+            continue
+        (key, B, N, length), engine = place, engine_for(model)
+        caches = {k: caches[k] for k in live if k in caches}
+        if length == 0:
+            caches[key] = engine.make_cache(B, N)
+        caches[key].crop(length)
+        run = engine.decode if 0 < length and ids.shape[1] == 1 else engine.prefill
+        with torch.no_grad():
+            run(ids, mask, caches[key])
+
+
+__all__ += ["parallelize", "serve", "follow"]

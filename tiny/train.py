@@ -111,8 +111,7 @@ def training_tokens(tokenizer: Tokenizer, text: str, seed: int, splits: int) -> 
 def validation_loss(model: PersimmonForCausalLM, tokenizer: Tokenizer, text: str) -> float:
     """Loss on `text` in nats a character, as defined at the top of this file."""
     model.eval()
-    device = model.lm_head.weight.device
-    ids, total = torch.tensor(tokenizer.encode(text, add_bos=False), device=device), 0.0
+    ids, total = torch.tensor(tokenizer.encode(text, add_bos=False), device=model.device), 0.0
     full = len(ids) // WINDOW * WINDOW
     for rows in [*ids[:full].view(-1, WINDOW).split(32), ids[full:][None]]:
         if rows.numel():
