@@ -364,7 +364,7 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
     if sys.stdout is None:
         sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdout.reconfigure(encoding="utf-8")
-    # Large pages fill sooner; threads that wait leave others the cores; bounded caches of kernels.
-    os.environ.update({"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", **dict.fromkeys(
+    # Large pages fill sooner; waiting threads soon leave others the cores; caches have a bound.
+    os.environ.update({"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000", **dict.fromkeys(
         ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"), **os.environ})
     sys.exit(main())
