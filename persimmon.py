@@ -363,7 +363,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs the model plainly, and drops Part III's engine
-        self.engine, self.cache_config = None, config  # a part of the heads only in Part III d
+        self.engine, self.cache_config = None, config  # a cache in Part III d has fewer heads
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -532,9 +532,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T), with zeros in attention_mask (B, T) for padding on either
     side; apart from rounding, rows do not influence each other. Row b draws from its own generator,
     seeded seed + b; without a seed, each call draws one. A row stops at one of stop_ids, by
-    default eos_token_id, after max_new_tokens, or at a full context: max_position_embeddings
-    tokens, or a full `cache`, which the last token is never stored in. Nothing is dropped to make
-    room. The first positions of an unpadded prompt may be in `cache` already.
+    default eos_token_id, after max_new_tokens, or when the context is full: it holds
+    max_position_embeddings tokens, and a `cache` its own number and one more, as the last token is
+    not stored. The first positions of an unpadded prompt may be in `cache` already.
 
     Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
     ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.
@@ -561,7 +561,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding counts as the last id
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # for padding, the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
