@@ -1143,6 +1143,8 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 # Part I is compared with them before it is used: on CUDA in the model's own blocks, on CPUs with
 # random keys and values.
 
+from concurrent.futures import ThreadPoolExecutor
+
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module is of this very class, in eval mode, without hooks or odd parameters."""
@@ -1195,6 +1197,74 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
     return index % F, x[index], start.view(B, bags)
 
 
+def fingerprint(weight: Tensor) -> tuple[Any, ...]:
+    """What changes when a weight does. `_version` misses changes through .data: hence a sample."""
+    version = None if weight.is_inference() else weight._version
+    sample = weight.detach().as_strided((61,), (weight.numel() // 61,))
+    return weight.data_ptr(), weight.stride(), version, sample.tolist()
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that are free or only cache files; infinity where the system does not say. Of a GPU's
+    half: a later cache may be longer."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * found[0] if found else math.inf
+
+
+class TableEngine(Engine):
+    """An engine that reads a down-projection only where its activations are not zero.
+
+    For that, `tables` holds its weight transposed to (F, C), 4.8 GB in all for the 8B in 16 bit.
+    They are made before the second token, if the memory is there, and anew when a weight has
+    changed.
+    """
+
+    large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, where F.linear is faster
+
+    def __init__(self, model: PersimmonForCausalLM) -> None:
+        super().__init__(model)
+        self.downs: list[nn.Linear] = []  # the down-projections that are worth a table
+        self.tables: dict[nn.Linear, Tensor] = {}
+        self.sources: dict[nn.Linear, tuple[Tensor, tuple]] = {}  # weight and its fingerprint then
+
+    def is_large(self, module: nn.Module | None) -> bool:
+        """Whether it is a Linear for which F.linear is not the fastest."""
+        return (type(module) is nn.Linear and module.weight.nbytes >= self.large
+                and module.weight.is_contiguous())
+
+    def find_downs(self) -> None:
+        """Find the down-projections, and forget the tables of weights that have changed."""
+        downs = [getattr(m, "dense_4h_to_h", None) for m in self.model.modules()
+                 if isinstance(m, MLP)]
+        self.downs = [m for m in downs if self.is_large(m)]
+        for linear, (source, was) in list(self.sources.items()):
+            if linear.weight is not source or fingerprint(source) != was:
+                del self.tables[linear], self.sources[linear]
+
+    def prepare(self, progress: Callable[[float], None] | None = None) -> None:
+        """Make the tables that are missing; progress is called with the fraction that is done."""
+        new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
+        size = sum(m.weight.nbytes for m in new)
+        if new and size > available_memory(new[0].weight.device):
+            new = self.downs = []  # none in this generation
+        if not new:
+            return
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            every = map if new[0].weight.is_cuda else pool.map
+            tables = every(lambda m: m.weight.detach().t().contiguous(), new)
+            for done, (linear, table) in enumerate(zip(new, tables), start=1):
+                self.tables[linear] = table  # (F, C)
+                self.sources[linear] = linear.weight, fingerprint(linear.weight)
+                if progress is not None:
+                    progress(done / len(new))
+
+
 # === Part III a. CPU ==============================================================================
 #
 # To decode a token, every weight is read once, so the best operator is the one that reads memory
@@ -1206,8 +1276,6 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 # dot_products is a derivative of embedding_bag, an operator made for recommenders: the sum of some
 # rows of a table, each times a factor. The sum itself serves where most inputs are zero, and for
 # attention in 16 bit where there is no AMX: SDPA reads a long cache at an eighth of the speed.
-
-from concurrent.futures import ThreadPoolExecutor
 
 
 def cpu_has(feature: str) -> bool:
@@ -1299,39 +1367,12 @@ class TransposedKVCache(KVCache):
         return y.view(B, H, 1, D)
 
 
-def fingerprint(weight: Tensor) -> tuple[Any, ...]:
-    """What changes when a weight does. `_version` misses changes through .data: hence a sample."""
-    version = None if weight.is_inference() else weight._version
-    sample = weight.detach().as_strided((61,), (weight.numel() // 61,))
-    return weight.data_ptr(), weight.stride(), version, sample.tolist()
-
-
-def available_memory() -> float:
-    """Bytes that are free or only cache files; infinity where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * found[0] if found else math.inf
-
-
-class CpuEngine(Engine):
-    """Products and attention by the operators that read memory fastest on this processor.
-
-    `tables` holds, for the down-projection of each MLP, its weight transposed to (F, C): 4.8 GB for
-    the 8B in 16 bit. They are made before the second token, if the memory is there, and anew when a
-    weight has changed.
-    """
-
-    large = 2**22  # bytes; F.linear is faster with a smaller matrix, which stays in the CPU's cache
+class CpuEngine(TableEngine):
+    """Products and attention by the operators that read memory fastest on this processor."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         super().__init__(model)
         self.linears: list[nn.Linear] = []  # those with a large weight
-        self.downs: list[nn.Linear] = []  # of these, the down-projections of MLPs
-        self.tables: dict[nn.Linear, Tensor] = {}
-        self.sources: dict[nn.Linear, tuple[Tensor, tuple]] = {}  # weight and its fingerprint then
         self.proven: float = 0  # the longest cache attention was compared in; infinity: it differed
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
@@ -1384,28 +1425,9 @@ class CpuEngine(Engine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first forgets the tables of weights that have changed."""
-        self.linears = [m for m in self.model.modules() if type(m) is nn.Linear
-                        and m.weight.nbytes >= self.large and m.weight.is_contiguous()]
-        downs = [getattr(m, "dense_4h_to_h", None) for m in self.model.modules()
-                 if isinstance(m, MLP)]
-        self.downs = [m for m in downs if m in self.linears]
-        for linear, (source, was) in list(self.sources.items()):
-            if linear.weight is not source or fingerprint(source) != was:
-                del self.tables[linear], self.sources[linear]
+        self.find_downs()
+        self.linears = [m for m in self.model.modules() if self.is_large(m)]
         return self.next_logits(ids, mask, cache)
-
-    def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Make the tables that are missing; progress is called with the fraction that is done."""
-        new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
-        if not new or sum(m.weight.nbytes for m in new) > available_memory():
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            tables = pool.map(lambda m: m.weight.detach().t().contiguous(), new)
-            for done, (linear, table) in enumerate(zip(new, tables), start=1):
-                self.tables[linear] = table  # (F, C)
-                self.sources[linear] = linear.weight, fingerprint(linear.weight)
-                if progress is not None:
-                    progress(done / len(new))
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """The large Linears, and how they are multiplied."""
@@ -1458,6 +1480,7 @@ class QuantizedLinear(nn.Module):
     split_dim, scale_dim = 0, 0  # W is quantized in parts: where to split it and to join its scales
     axes: tuple[dict[str, int], ...]  # which axis of a tensor belongs to outputs, which to inputs
     packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
+    is_by_input = False  # whether a row of `weight` belongs to an input, and not to an output
 
     def __init__(self, linear: nn.Linear, group_size: int,
                  progress: Callable[[float], None] = float) -> None:
@@ -1634,7 +1657,7 @@ class Int4Linear(QuantizedLinear):
 class Int8SparseLinear(QuantizedLinear):
     """8 bits, a scale and an offset per input. The rows of inputs that are zero are not read."""
 
-    split_dim = 1
+    split_dim, is_by_input = 1, True
     axes = {}, {"weight": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor]:
@@ -1709,10 +1732,11 @@ QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *opti
 # === Part III c. CUDA =============================================================================
 #
 # A GPU reads the weights of a layer in a tenth of a millisecond, less than Python takes to launch
-# what there is to do in it. So a step is captured as a CUDA graph and replayed, with two Triton
-# kernels in it: all that lies between the QKV projection and the output of attention, and a matrix
-# times one row with the norm before and the activation or the residual after. A block is then five
-# kernels. (One kernel, and torch.compile in place of the second: 193 tokens/s for 228, H200.)
+# what there is to do in it. So a step is captured as a CUDA graph and replayed, with three Triton
+# kernels in it: all that lies between the QKV projection and the output of attention; a matrix
+# times a few rows, with the norm before and the activation or the residual after; and for one row
+# the down-projection, which reads only what is not multiplied by zero. A block is then five
+# kernels. (torch.compile in place of the second: 193 tokens/s for 228 on an H200.)
 
 import copy
 from collections import deque
@@ -1720,8 +1744,9 @@ from functools import lru_cache
 
 
 @lru_cache
-def triton_kernels() -> tuple[Any, Any] | None:
-    """attention_kernel and matvec_kernel, accumulating in float32; None without Triton 3.4+.
+def triton_kernels() -> tuple[Any, Any, Any] | None:
+    """attention_kernel, linear_kernel and sparse_kernel, all of which accumulate in float32; None
+    without Triton 3.4+.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
     1805.02867; FlashAttention, Dao et al., 2205.14135). A program takes one query q past its split
@@ -1840,48 +1865,87 @@ def triton_kernels() -> tuple[Any, Any] | None:
                         y = tl.sum(p[:, None] * y, 0) / tl.sum(p, 0)
                         tl.store(out + d, y.to(dtype))
 
-    @triton.jit
-    def matvec_kernel(x, weight, bias, norm_weight, norm_bias, eps, residual, y, O, C: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, SQUARE: tl.constexpr):
-        """y (O) = f(W LayerNorm(x) + b) + residual, f = relu(.)**2 if SQUARE; None is left out.
+    @triton.jit(do_not_specialize=["B"])
+    def linear_kernel(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, y, B, O,
+                      C: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+                      SQUARE: tl.constexpr):
+        """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for B <= 16 rows x (B, C), for one
+        row if there is a norm; f = relu(.)**2 if SQUARE. None is left out, and W may be int8.
 
-        A program takes ROWS outputs at a time, and W in blocks of (ROWS, COLUMNS). Loads are
-        software-pipelined: a block is requested before the one before it is used. With a norm, C is
-        COLUMNS.
+        A program takes COLUMNS outputs, and K inputs at a time. Loads are software-pipelined: a
+        block of W is requested two blocks before it is used.
         """
-        o, c = tl.arange(0, ROWS).to(tl.int64)[:, None], tl.arange(0, COLUMNS)
-        start, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
-        w = tl.load(weight + (start + o) * C + c[None, :], eviction_policy="evict_first")
-        v = tl.load(x + c).to(tl.float32)
+        o, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, 16)[:, None]
+        c = tl.arange(0, K)
+        dtype = x.dtype.element_ty
         if norm_weight is not None:
-            v -= tl.sum(v, 0) / C
-            v *= 1 / tl.sqrt(tl.sum(v * v, 0) / C + eps)
-            v = v * tl.load(norm_weight + c).to(tl.float32) + tl.load(norm_bias + c).to(tl.float32)
-        for first in range(start, O, step):
-            sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for column in tl.static_range(0, C, COLUMNS):
-                if column + COLUMNS < C:
-                    ahead = tl.load(weight + (first + o) * C + (column + COLUMNS + c)[None, :],
-                                    eviction_policy="evict_first")
-                else:
-                    ahead = tl.load(weight + (first + step + o) * C + c[None, :],
-                                    mask=first + step + o < O, eviction_policy="evict_first")
-                if C > COLUMNS:
-                    v = tl.load(x + column + c).to(tl.float32)
-                sums += w.to(tl.float32) * v[None, :]
-                w = ahead
-            at = first + tl.arange(0, ROWS)
-            result = tl.sum(sums, 1)
-            if bias is not None:
-                result += tl.load(bias + at).to(tl.float32)
-            if SQUARE:
-                result = tl.maximum(result, 0.0)
-                result = result * result
-            if residual is not None:
-                result += tl.load(residual + at).to(tl.float32)
-            tl.store(y + at, result.to(y.dtype.element_ty))
+            row = tl.load(x + tl.arange(0, C)).to(tl.float32)
+            mean = tl.sum(row, 0) / C
+            rstd = 1 / tl.sqrt(tl.sum((row - mean) * (row - mean), 0) / C + eps)
+        acc = tl.zeros((16, COLUMNS), tl.float32)
+        weight += o.to(tl.int64)[None, :] * C + c[:, None]
+        for first in tl.range(0, C, K, num_stages=3):
+            w = tl.load(weight + first, eviction_policy="evict_first")  # (K, COLUMNS)
+            if norm_weight is None:
+                rows = tl.load(x + b * C + (first + c)[None, :], mask=b < B, other=0.0)
+            else:
+                v = (tl.load(x + first + c).to(tl.float32) - mean) * rstd
+                v = v * tl.load(norm_weight + first + c) + tl.load(norm_bias + first + c)
+                rows = tl.where(b == 0, v[None, :], 0.0).to(dtype)  # (16, K)
+            acc = tl.dot(rows, w.to(dtype), acc, input_precision="ieee")
+        if scale is not None:
+            acc *= tl.load(scale + o).to(tl.float32)[None, :]
+        if bias is not None:
+            acc += tl.load(bias + o).to(tl.float32)[None, :]
+        if SQUARE:
+            acc = tl.maximum(acc, 0.0)
+            acc *= acc
+        at = b * O + o[None, :]
+        if residual is not None:
+            acc += tl.load(residual + at, mask=b < B, other=0.0).to(tl.float32)
+        tl.store(y + at, acc.to(dtype), mask=b < B)
 
-    return attention_kernel, matvec_kernel
+    @triton.jit
+    def sparse_kernel(x, weight, scale, bias, residual, y, nonzero, split_out, arrived, O,
+                      STRIDE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+                      K: tl.constexpr, SPLITS: tl.constexpr):
+        """y (O) = W x + b + residual, with W stored by input, (F, STRIDE), F = INPUTS*SPLITS. Rows
+        of inputs that are zero are not read.
+
+        Program (block, split) takes COLUMNS outputs and INPUTS inputs: it lists those that are not
+        zero in nonzero (F), where all blocks write the same, and takes K of them at a time. With
+        scale, a row is codes; scale and scale + 1 point to its float32 scale and offset.
+        """
+        block, split = tl.program_id(0), tl.program_id(1)
+        o, f = block * COLUMNS + tl.arange(0, COLUMNS), split * INPUTS + tl.arange(0, INPUTS)
+        is_nonzero = tl.load(x + f) != 0
+        rank = tl.cumsum(is_nonzero.to(tl.int32), 0)
+        nonzero += split * INPUTS
+        tl.store(nonzero + rank - 1, f, mask=is_nonzero)
+        tl.debug_barrier()  # all threads have written before one of them reads
+        count, sums, offset = tl.max(rank, 0), tl.zeros((K, COLUMNS), tl.float32), 0.0
+        for first in range(0, count, K):
+            is_in = first + tl.arange(0, K) < count
+            row = tl.load(nonzero + first + tl.arange(0, K), mask=is_in, other=0).to(tl.int64)
+            w = tl.load(weight + row[:, None] * STRIDE + o[None, :], mask=is_in[:, None], other=0)
+            v = tl.load(x + row, mask=is_in, other=0.0).to(tl.float32)
+            if scale is not None:
+                at = scale + row * (STRIDE // 4)
+                offset += tl.sum(v * tl.load(at + 1, mask=is_in, other=0.0), 0)
+                v *= tl.load(at, mask=is_in, other=0.0)
+            sums += v[:, None] * w.to(tl.float32)
+        tl.store(split_out + split * O + o, tl.sum(sums, 0) + offset)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrived + block, 0)
+            result = tl.load(residual + o).to(tl.float32)
+            if bias is not None:
+                result += tl.load(bias + o).to(tl.float32)
+            for n in tl.static_range(SPLITS):
+                result += tl.load(split_out + n * O + o, cache_modifier=".cg")
+            tl.store(y + o, result.to(y.dtype.element_ty))
+
+    return attention_kernel, linear_kernel, sparse_kernel
 
 
 class StaticCache(KVCache):
@@ -1894,7 +1958,7 @@ class StaticCache(KVCache):
         super().__init__(*args)
         heads, device = self.keys.shape[1] * self.keys.shape[2], self.keys.device
         self.position = torch.zeros((), dtype=torch.long, device=device)
-        self.is_captured, self.graph, self.graph_state = False, None, None
+        self.is_captured, self.graph, self.graph_key = False, None, None
         # An SM has room for four programs; to combine more than 8 splits costs more than it saves.
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * heads <= 4 * sms)
@@ -1902,7 +1966,7 @@ class StaticCache(KVCache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: a graph reads and writes the memory with which it was captured."""
-        return {**self.__dict__, "graph": None, "graph_state": None}
+        return {**self.__dict__, "graph": None, "graph_key": None}
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
         """As in KVCache; of a pass that is captured, those of its replay."""
@@ -1959,33 +2023,64 @@ def fused_attention(layer: Attention, x: Tensor, rope: tuple[Tensor, Tensor], ma
     return layer.dense(fused_attend(layer, layer.query_key_value(x), rope, mask, cache))
 
 
-def matvec(linear: nn.Linear, x: Tensor, norm: nn.LayerNorm | None = None,
-           residual: Tensor | None = None, square: bool = False) -> Tensor:
-    """f(linear(norm(x))) + residual, (1, 1, O), for one row x (1, 1, C); f is relu(.)**2 or x."""
-    O, C = linear.weight.shape
-    # Powers of two that divide O and C. Sizes, warps and programs: the fastest of many on an H200.
-    rows, columns = min(2 if C <= 4096 else 1, O & -O), min(4096, C & -C)
+def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
+                 residual: Tensor | None = None, square: bool = False) -> Tensor:
+    """f(linear(norm(x))) + residual, (B, 1, O), for x (B, 1, C); f is relu(.)**2 or x."""
+    (B, T, C), O = x.shape, linear.out_features
+    if norm is not None and (B > 1 or C & -C < C):
+        x, norm = norm(x), None
+    # Sizes and warps: the fastest of many on an H200, within the 64 KiB that small GPUs have.
+    columns, size, num_warps = 16, 1024, 2
+    if O >= 8192:
+        columns, size, num_warps = (32, 512, 2) if linear.weight.itemsize > 1 else (64, 512, 4)
+    columns, inputs = min(columns, O & -O), min(size // x.itemsize, C & -C)
     is_contiguous = linear.weight.is_contiguous() and x.is_contiguous()
-    if x.shape != (1, 1, C) or C > 16 * columns or not is_contiguous or (norm and C != columns):
-        raise ValueError("shapes are not those of the kernel")
-    y = x.new_empty(1, 1, O)
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if (B > 16 or T > 1 or linear.weight.shape != (O, C) or min(columns, inputs) < 16
+            or not is_contiguous):  # int4, and rare sizes: by PyTorch
+        y = type(linear).forward(linear, x if norm is None else norm(x))
+        y = y.relu().square() if square else y
+        return y if residual is None else y + residual
+    y = x.new_empty(B, 1, O)
     norm_arguments = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
     with torch.cuda.device_of(x):
-        triton_kernels()[1][min(4 * sms, O // rows),](
-            x, linear.weight, linear.bias, *norm_arguments, residual, y, O, C, rows, columns,
-            square, num_warps=8, enable_fp_fusion=True)
+        triton_kernels()[1][O // columns,](
+            x, linear.weight, getattr(linear, "scale", None), linear.bias, *norm_arguments,
+            residual, y, B, O, C, columns, inputs, square, num_warps=num_warps,
+            enable_fp_fusion=True)
     return y
 
 
-def fused_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-                cache: StaticCache) -> Tensor:
-    """Block.forward for one token of one text, x (1, 1, C), in five kernels."""
-    layer, mlp = block.self_attn, block.mlp
-    qkv = matvec(layer.query_key_value, x, norm=block.input_layernorm)
-    x = matvec(layer.dense, fused_attend(layer, qkv, rope, mask, cache), residual=x)
-    h = matvec(mlp.dense_h_to_4h, x, norm=block.post_attention_layernorm, square=True)
-    return matvec(mlp.dense_4h_to_h, h, residual=x)
+def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: Tensor,
+                        arrived: Tensor) -> Tensor:
+    """linear(x) + residual, (1, 1, C), for one row x (1, 1, F), with table = W^T (F, C), or rows of
+    codes as an Int8SparseLinear has them."""
+    (F, stride), C = table.shape, linear.out_features
+    columns, inputs = min(512, C & -C), min(512, F & -F)  # the fastest of some on an H200
+    is_quantized = table.dtype == torch.uint8
+    if (x.shape != (1, 1, F) or stride != C + 8 * is_quantized or not table.is_contiguous()
+            or C // columns > len(arrived) or inputs < 16 or columns < 16 or stride % 4 != 0):
+        raise ValueError("shapes are not those of the kernel")
+    y, nonzero = torch.empty_like(residual), x.new_empty(F, dtype=torch.int32)
+    split_out = x.new_empty(F // inputs, C, dtype=torch.float32)
+    scale = table.view(torch.float32)[:, C // 4 :] if is_quantized else None
+    with torch.cuda.device_of(x):
+        triton_kernels()[2][C // columns, F // inputs](
+            x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, C, stride,
+            columns, inputs, 16, F // inputs, num_warps=4, enable_fp_fusion=True)
+    return y
+
+
+def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
+                rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: StaticCache) -> Tensor:
+    """Block.forward for a token of each text, x (B, 1, C), B <= 16; of one text in five kernels."""
+    layer, mlp, down = block.self_attn, block.mlp, block.mlp.dense_4h_to_h
+    qkv = fused_linear(layer.query_key_value, x, norm=block.input_layernorm)
+    x = fused_linear(layer.dense, fused_attend(layer, qkv, rope, mask, cache), residual=x)
+    h = fused_linear(mlp.dense_h_to_4h, x, norm=block.post_attention_layernorm, square=True)
+    table = down.weight if getattr(down, "is_by_input", False) else tables.get(down)
+    if table is None or len(x) > 1:
+        return fused_linear(down, h, residual=x)
+    return fused_sparse_linear(down, table, h, x, cache.arrived)
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
@@ -1993,16 +2088,16 @@ def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
     return [(m.__class__, m.__class__.forward, "forward" in m.__dict__, m.training,
              getattr(m, "eps", None), *m._forward_hooks, *m._forward_pre_hooks,
              *map(id, m._modules.values()),
-             *[(type(p), p is None or p.data_ptr()) for p in m._parameters.values()])
-            for m in modules]
+             *[(type(p), p is None or p.data_ptr())
+               for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
 
 
-class CudaEngine(Engine):
+class CudaEngine(TableEngine):
     """Kernels for what they are proven to restate, and decoding as a replayed CUDA graph.
 
-    There are two ways to run a block: "block", by fused_block, for one token of one text, and
-    "attention", with fused_attention in it, for all else. Both are compared with the plain block
-    before they are used, and again when a module has changed.
+    There are two ways to run a block: "block", by fused_block, for one token of each of up to 16
+    texts, and "attention", with fused_attention in it, for all else. Both are compared with the
+    plain block before they are used, and again when a module has changed.
     """
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
@@ -2012,7 +2107,8 @@ class CudaEngine(Engine):
         self.state: list[Any] | None = None  # their snapshot, for which the rest holds
         self.is_unhooked = False
         self.forwards: dict[str, list[tuple[nn.Module, Callable]]] = {}  # by way
-        self.proven: dict[tuple[str, bool], float] = {}  # by way and T > 1: longest cache; 0: wrong
+        # by way, T > 1, B > 1 and the number of tables: the longest cache; 0: it differs
+        self.proven: dict[tuple[str, bool, bool, int], float] = {}
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, where there is Triton."""
@@ -2028,16 +2124,17 @@ class CudaEngine(Engine):
         if way == "block":
             modules = [m for block in blocks for m in block.modules()]
             kinds |= {Block, MLP, nn.Linear, nn.Dropout}
-            found = [(block, partial(fused_block, block)) for block in blocks]
-            found += [(head, partial(matvec, head))] * is_unmodified(head, nn.Linear)
+            kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
+            found = [(block, partial(fused_block, block, self.tables)) for block in blocks]
+            if type(head) in kinds and head.weight.dim() == 2 and is_unmodified(head, type(head)):
+                found += [(head, partial(fused_linear, head))]
         else:
             modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
             found = [(layer, partial(fused_attention, layer)) for layer in layers]
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
         return found if is_known else []
 
-    def proven_forwards(self, T: int, mask: Tensor | None,
-                        cache: KVCache) -> list[tuple[nn.Module, Callable]]:
+    def proven_forwards(self, T: int, cache: KVCache) -> list[tuple[nn.Module, Callable]]:
         """The forwards for a pass over T positions; [] for a plain pass."""
         if not isinstance(cache, StaticCache):
             return []
@@ -2046,9 +2143,10 @@ class CudaEngine(Engine):
             self.state, self.proven = snapshot(self.modules), {}
             self.is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
             self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
-        is_single, N = T == 1 and mask is None and cache.keys.shape[1] == 1, cache.keys.shape[3]
-        for way in ("block", "attention") if is_single else ("attention",):
-            found, key = self.forwards[way], (way, T > 1)
+        B, N = cache.keys.shape[1], cache.keys.shape[3]
+        for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
+            found = self.forwards[way]
+            key = way, T > 1, B > 1, len(self.tables) if way == "block" else 0
             longest = self.proven.get(key)
             if found and (longest is None or 0 < longest < N):
                 self.proven[key] = N if self.is_proven(found, cache, min(T, 17, N)) else 0
@@ -2091,21 +2189,31 @@ class CudaEngine(Engine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, with the kernels."""
-        with replaced_forward(self.proven_forwards(ids.shape[1], mask, cache)):
+        self.find_downs()
+        forwards = self.proven_forwards(ids.shape[1], cache)
+        self.downs = self.downs if self.forwards.get("block") else []
+        with replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, by a replay; the next one overwrites the logits."""
-        forwards = self.proven_forwards(1, mask, cache)
+        if len(ids) == 1:
+            self.prepare()
+        forwards = self.proven_forwards(1, cache)
         if not (forwards and self.is_unhooked):  # hooks have to run in each pass
             with replaced_forward(forwards):
                 return self.next_logits(ids, mask, cache)
-        if cache.graph_state is not self.state:
+        if cache.graph_key != self.graph_key():
             cache.graph = self.capture_cuda_graph(ids, mask, cache, forwards)
-            cache.graph_state = self.state
+            cache.graph_key = self.graph_key()
         logits = cache.graph(ids)
         cache.crop(cache.length + 1)
         return logits
+
+    def graph_key(self) -> list[Any]:
+        """What a captured graph depends on."""
+        private = [*self.tables.values(), *(getattr(m, "packed", None) for m in self.modules)]
+        return [self.state, *(x.data_ptr() for x in private if x is not None)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: list) -> Callable[[Tensor], Tensor]:

@@ -79,7 +79,8 @@ def bytes_read(model: PersimmonForCausalLM, ids: torch.Tensor) -> float:
     total = sum(x.nbytes for x in model.state_dict().values())
     total -= model.model.embed_tokens.weight.nbytes
     for m in downs:
-        is_sparse = m in tables or (type(m) is not torch.nn.Linear and ids.device.type == "cpu")
+        is_sparse = m in tables or type(m) is not torch.nn.Linear
+        is_sparse &= ids.device.type == "cpu" or len(ids) == 1
         total -= m.weight.nbytes * max(0.0, 1 - nonzero[m]) * is_sparse
     return total
 
@@ -140,7 +141,7 @@ def bench(argv: list[str]) -> int:
         reason, size = "", cached * (T + n)
         if T + n > context:
             reason = f"the context is {context}"
-        elif args.device == "cpu" and size > persimmon.available_memory():
+        elif args.device == "cpu" and size > persimmon.available_memory(weight.device):
             reason = f"its cache takes {size / 1e9:.1f} GB, more than is free"
         if reason:
             return print(f"{title:20}left out: {reason}", flush=True)
@@ -314,7 +315,7 @@ from persimmon import (
     Attention, CpuEngine, CudaEngine, Engine, Int4Linear, Int8Linear, Int8SparseLinear, KVCache,
     PersimmonForSequenceClassification, PersimmonForTokenClassification, PersimmonModel, QuantizedLinear, StaticCache,
     StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask, chat_prompt, checked_config,
-    cpu_linear, fused_attend, is_as_exact, is_unmodified, load_config, matvec, nonzero_bags,
+    cpu_linear, fused_attend, fused_linear, fused_sparse_linear, is_as_exact, is_unmodified, load_config, nonzero_bags,
     replaced_forward, rope_tables, sample, sparse_linear, write_safetensors,
 )
 
@@ -468,6 +469,14 @@ def use_interpreter(module: ModuleType, monkeypatch) -> None:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot",
                         lambda self, a, b, *others: dot(self, widened(a), widened(b), *others))
+    cast = interpreter.InterpreterBuilder.create_si_to_fp  # of int8: again, to bfloat16 as if that was an integer
+
+    def rounded(self, x, kind):
+        half = kind.scalar == language.bfloat16
+        exact = cast(self, x, language.block_type(language.float32, list(kind.shape)) if half else kind)
+        return self.create_fp_trunc(exact, kind) if half else exact
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", rounded)
 
 
 class RerunGraph:
@@ -502,10 +511,18 @@ def without_gpu(monkeypatch) -> None:
     monkeypatch.setitem(persimmon.ENGINES, "cpu", CudaEngine)
 
 
-def plain_matvec(linear, x, norm=None, residual=None, square=False) -> torch.Tensor:
-    y = torch.nn.functional.linear(x if norm is None else norm(x), linear.weight, linear.bias)
+def plain_linear(linear, x, norm=None, residual=None, square=False) -> torch.Tensor:
+    y = type(linear).forward(linear, x if norm is None else norm(x))
     y = y.relu().square() if square else y
     return y if residual is None else y + residual
+
+
+def plain_sparse_linear(linear, table, x, residual, arrived) -> torch.Tensor:
+    return x @ table + linear.bias + residual if table.dtype == x.dtype else linear(x) + residual
+
+
+def to_double(x):
+    return x.double() if isinstance(x, torch.Tensor) else x
 
 
 def plain_attend(layer, qkv, rope, mask, cache) -> torch.Tensor:
@@ -524,9 +541,11 @@ def use_cuda_engine(monkeypatch) -> Counter:
     """CudaEngine with PyTorch's operators in place of the kernels, and how often they were called."""
     calls = Counter()
     without_gpu(monkeypatch)
-    monkeypatch.setattr(persimmon, "triton_kernels", lambda: (None, None))
+    monkeypatch.setattr(persimmon, "triton_kernels", lambda: (None, None, None))
     monkeypatch.setattr(persimmon, "fused_attend", lambda *a: calls.update(["fused_attend"]) or plain_attend(*a))
-    monkeypatch.setattr(persimmon, "matvec", lambda *a, **b: calls.update(["matvec"]) or plain_matvec(*a, **b))
+    for name in ("fused_linear", "fused_sparse_linear"):
+        monkeypatch.setattr(persimmon, name, lambda *args, _name=name, **options:
+                            calls.update([_name]) or globals()[_name.replace("fused", "plain")](*args, **options))
     return calls
 
 
@@ -1763,13 +1782,16 @@ def reads(monkeypatch) -> Counter:
 
 def test_cpu_has_and_fingerprint_and_available_memory(monkeypatch):
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
-    assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory() < 1e14
+    cpu = torch.device("cpu")
+    assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(cpu) < 1e14
     with torch.inference_mode():  # what is made there has no version
         assert persimmon.fingerprint(weight := torch.rand(9, 9)) != persimmon.fingerprint(weight.neg_())
     monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 5 kB\nMemAvailable:   3 kB\n")
-    assert persimmon.available_memory() == 3072
+    assert persimmon.available_memory(cpu) == 3072
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError))
-    assert persimmon.available_memory() == math.inf
+    assert persimmon.available_memory(cpu) == math.inf
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 20))
+    assert persimmon.available_memory(torch.device("cuda")) == 5
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -2088,7 +2110,7 @@ def test_a_model_from_a_quantized_config(kind):
 
 @pytest.fixture
 def kernels(monkeypatch) -> None:
-    """The kernels, in whatever way they can run here; persimmon.fused_attend and .matvec are PyTorch's operators."""
+    """The kernels, in whatever way they can run here; what persimmon calls is PyTorch's."""
     own = persimmon.triton_kernels
     use_cuda_engine(monkeypatch)
     monkeypatch.setattr(persimmon, "triton_kernels", own)
@@ -2172,25 +2194,53 @@ def test_fused_attend_refuses_what_the_kernel_can_not_index(monkeypatch):
 
 @runs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_matvec_runs(kernels, dtype):
-    """With and without what can stand around a product; sizes that powers of two divide often, seldom, not at all."""
-    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    normed, other = map(itertools.cycle, (((64, 128), (4096, 24), (16, 2)), ((96, 40), (208, 33), (13, 8), (8192, 6))))
+def test_fused_linear_runs(kernels, monkeypatch, dtype):
+    """With and without what can stand around a product, in int8 and int4 too, for one row and for several."""
+    tolerance = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    sizes = itertools.cycle(((64, 128), (1024, 48), (96, 16), (512, 8192), (208, 36), (4096, 80)))
     with torch.device(DEVICE), torch.no_grad():
-        for has_norm, has_bias, has_residual, square in [*itertools.product((False, True), repeat=4)] * (1 + ALL):
-            C, O = next(normed if has_norm else other)  # noqa: E741
+        for rows, has_norm, has_bias, has_residual, square in itertools.product((1, 3, 16), *[(False, True)] * 4):
+            C, O = next(sizes)  # noqa: E741
             linear, norm = torch.nn.Linear(C, O, has_bias, dtype=dtype), torch.nn.LayerNorm(C, 1e-3, dtype=dtype)
             for p in (*linear.parameters(), *norm.parameters()):
                 p.normal_(std=C**-0.5 if p.dim() == 2 else 1)  # float16 would overflow
-            x, residual = (torch.randn(1, 1, n).to(dtype) + 0.5 for n in (C, O))
+            kind = random.choice(("float", "int8", "int4")[: 2 + (C % 128 == 0)])
+            linear = {"int8": Int8Linear, "int4": Int4Linear}[kind](linear, 128) if kind != "float" else linear
+            x, residual = (torch.randn(rows, 1, n).to(dtype) + 0.5 for n in (C, O))
             others = residual if has_residual else None, square
-            y = matvec(linear, x, norm if has_norm else None, *others)
-            expected = persimmon.matvec(linear.double(), x.double(), norm.double() if has_norm else None, *others)
+            y = fused_linear(linear.eval(), x, norm if has_norm else None, *others)
+            linear, norm = copy.deepcopy(linear).double(), norm.double() if has_norm else None
+            expected = persimmon.fused_linear(linear, x.double(), norm, *map(to_double, others))
             assert y.dtype == dtype and y.shape == expected.shape
-            assert (y - expected).norm() <= tolerance * expected.norm(), (C, O, has_norm, has_bias, *others)
-        for C, *shape in ((16, 1, 2, 16), (16, 2, 1, 16), (16, 1, 1, 15), (16, 1, 16), (34, 1, 1, 34), (96, 1, 1, 96)):
+            assert (y - expected).norm() <= tolerance * expected.norm(), (kind, rows, C, O, has_norm, has_bias, *others)
+        monkeypatch.setattr(persimmon, "triton_kernels", lambda: 1 / 0)  # what it can't take goes to PyTorch
+        for sizes, *shape in (((16, 16), 1, 2, 16), ((16, 16), 17, 1, 16), ((34, 16), 1, 1, 34), ((16, 24), 1, 1, 16)):
+            linear, x = torch.nn.Linear(*sizes), torch.rand(shape)
+            assert torch.equal(fused_linear(linear, x, square=True), linear(x).relu().square())
+
+
+@runs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_sparse_linear_runs(kernels, dtype):
+    """From a table and from codes, for all inputs, some and none; weights of inputs that are zero are NaN here."""
+    with torch.device(DEVICE), torch.no_grad():
+        sizes = (1024, 48), (16, 512), (1536, 1024)
+        for (F, C), density, kind in itertools.product(sizes, (0, 0.1, 1), ("", "int8")):
+            linear, x = torch.nn.Linear(F, C, dtype=dtype), torch.randn(1, 1, F).to(dtype)
+            x[:, :, torch.rand(F) >= density], arrived = 0, torch.zeros(9).int()
+            residual = torch.randn(1, 1, C).to(dtype)
+            expected = linear.double()(x.double()) + residual
+            layer = Int8SparseLinear(linear.to(dtype), 128) if kind else linear.to(dtype)
+            table = layer.weight.clone() if kind else layer.weight.t().contiguous()
+            table.view(dtype if not kind else torch.float32)[(x == 0).flatten(), 0 if not kind else C // 4:] = math.nan
+            y = fused_sparse_linear(layer, table, x, residual, arrived)
+            assert y.dtype == dtype and (y - expected).norm() < (1e-2 if kind else 8e-3) * expected.norm()
+            assert not arrived.any(), (F, C, density)  # ready for the next launch
+        for F, C, shape, size in ((32, 64, (1, 2, 32), 9), (32, 64, (2, 1, 32), 9), (32, 72, (1, 1, 32), 9),
+                                  (40, 64, (1, 1, 40), 9), (32, 1024, (1, 1, 32), 1)):
             with pytest.raises(ValueError, match="shapes are not those of the kernel"):
-                matvec(torch.nn.Linear(C, 2), torch.zeros(shape), torch.nn.LayerNorm(96) if C == 96 else None)
+                fused_sparse_linear(torch.nn.Linear(F, C), torch.zeros(F, C), torch.zeros(shape), torch.zeros(1, 1, C),
+                                    torch.zeros(size).int())
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="then nothing is compiled")
@@ -2203,17 +2253,27 @@ def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
     kinds = {"mask": "*i1", "position": "*i64", "split_out": "*fp32", "split_lse": "*fp32", "arrived": "*i32"}
     kinds |= dict.fromkeys(("T", "N", "O", "rope_stride", "mask_stride"), "i32")
     kinds |= dict.fromkeys(("eps", "q_eps", "k_eps"), "fp32")
-    (attend, product), norms, few = persimmon.triton_kernels(), "q_weight q_bias k_weight k_bias ", None if ALL else 2
-    cases = [(attend, absent, {"H": 64, "D": D, "R": D // 2, "P": min(64, 65536 // D // int(dtype[2:])), "SPLITS": n})
+    kinds |= {"nonzero": "*i32", "B": "i32"}
+    (attend, linear, sparse), few = persimmon.triton_kernels(), None if ALL else 2
+    norms, bits, f32 = "q_weight q_bias k_weight k_bias ", int(dtype[2:]), {"scale": "*fp32", "weight": "*u8"}
+    i8 = {"weight": "*i8"}
+    cases = [(attend, 4 if n else 1, absent, {}, {"H": 64, "D": D, "R": D // 2, "P": min(64, 65536 // D // bits),
+                                                  "SPLITS": n})
              for D, n, absent in [(64, 8, ""), (64, 0, "mask"), (64, 8, "mask"), (64, 2, "mask"), (64, 1, ""),
                                   (16, 4, norms), (32, 1, norms + "mask"), (128, 2, norms)][:few]]
-    cases += [(product, absent, {"C": C, "ROWS": 1 + (C <= 4096), "COLUMNS": min(4096, C & -C), "SQUARE": square})
-              for C, square, absent in [(4096, True, "residual"), (16384, False, "norm_weight norm_bias"),
-                                        (4096, False, "bias residual"), (96, False, "")][:few]]
-    for kernel, absent, constants in cases:
-        num_warps = 8 if kernel is product else 4 if constants["SPLITS"] else 1
+    cases += [(linear, num_warps, absent, types,
+               {"C": C, "COLUMNS": columns, "K": min(size * 8 // bits, C & -C), "SQUARE": square})
+              for C, columns, size, num_warps, square, absent, types in [
+                  (4096, 32, 512, 2, True, "scale residual", {}), (4096, 64, 512, 4, False, "residual", i8),
+                  (16384, 16, 1024, 2, False, "scale norm_weight norm_bias", {}),
+                  (4096, 16, 1024, 2, False, "bias residual", i8), (96, 32, 512, 2, False, "scale", {})][:few]]
+    cases += [(sparse, 4, absent, types, {"STRIDE": C + 8 * bool(types), "COLUMNS": columns, "INPUTS": 512, "K": 16,
+                                          "SPLITS": n})
+              for C, columns, n, absent, types in [(4096, 512, 32, "scale", {}), (4096, 512, 32, "", f32),
+                                                   (768, 256, 6, "scale", {})][:few]]
+    for kernel, num_warps, absent, own, constants in cases:
         constants |= dict.fromkeys(absent.split())
-        types = {x: "constexpr" if x in constants else kinds.get(x, f"*{dtype}") for x in kernel.arg_names}
+        types = {x: "constexpr" if x in constants else {**kinds, **own}.get(x, f"*{dtype}") for x in kernel.arg_names}
         aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(types.values()) if kind.startswith("*")}
         source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
         gpu = triton.backends.compiler.GPUTarget(*target)
@@ -2229,11 +2289,11 @@ def test_triton_kernels(small, monkeypatch):
     without_gpu(monkeypatch)
     monkeypatch.setattr(persimmon, "triton_kernels", found)
     engine = CudaEngine(small.to(DEVICE))
-    assert len(found()) == 2 and type(engine.make_cache(1, 9)) is StaticCache
+    assert len(found()) == 3 and type(engine.make_cache(1, 9)) is StaticCache
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "triton", None)
         cache = engine.make_cache(1, 9)
-        assert found() is None and type(cache) is KVCache and engine.proven_forwards(1, None, cache) == []
+        assert found() is None and type(cache) is KVCache and engine.proven_forwards(1, cache) == []
     monkeypatch.setattr(triton, "JITFunction", object)  # an old one's has no get_capture_scope
     assert found() is None
 
@@ -2246,8 +2306,8 @@ def test_static_cache(monkeypatch):
         assert cache.arrived.shape == (rows * heads,) and cache.splits == splits
     cache.crop(5)
     assert cache.length == int(cache.position) == 5 and cache.positions(11, 2)[0].tolist() == [5, 6]
-    cache.is_captured, cache.graph, cache.graph_state = True, lambda ids: ids, []
-    assert vars(copy.copy(cache)) == {**vars(cache), "graph": None, "graph_state": None}
+    cache.is_captured, cache.graph, cache.graph_key = True, lambda ids: ids, []
+    assert vars(copy.copy(cache)) == {**vars(cache), "graph": None, "graph_key": None}
     cache.crop(6)
     cache.position.fill_(7)
     assert cache.length == 5 and cache.positions(11, 1)[0].tolist() == [7] and cache.positions(11, 1)[1] == 9
@@ -2255,10 +2315,11 @@ def test_static_cache(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
 def test_cuda_engine(models, monkeypatch):
-    """One graph for a generation; attention by its kernel for texts together, blocks by five for one text alone."""
+    """One graph for a generation; blocks by kernels for up to 16 texts, attention alone for more and for a prompt."""
     calls, model, ids = use_cuda_engine(monkeypatch), models[0], random_ids(models[0].config, length=9)
     mask, holes = (torch.arange(9) >= torch.tensor([[0], [4]])).long(), torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 1]])
     cases, L = [(ids, mask), (ids,), (ids[:1], holes), (ids[1:],)], model.config.num_hidden_layers
+    cases.append((ids[:1].repeat(17, 1),))
     model.fast = False
     expected = [model.generate(*case, max_new_tokens=8) for case in cases]
     model.fast = True
@@ -2267,18 +2328,42 @@ def test_cuda_engine(models, monkeypatch):
         calls.clear()
         RerunGraph.count, passes = 0, 7 + 2  # a capture is two more, and the prompt is not captured
         assert torch.equal(model.generate(*case, max_new_tokens=8), tokens) and RerunGraph.count == 1
-        is_alone = len(case) == len(case[0]) == 1
-        assert calls == Counter(fused_attend=(passes + 1) * L, matvec=passes * (4 * L + 1) * is_alone)
+        is_few = len(case[0]) <= 16
+        assert calls == Counter(fused_attend=(passes + 1) * L, fused_linear=passes * (4 * L + 1) * is_few)
     engine, cache = model.engine, model.engine.make_cache(2, 16)
-    assert engine.proven == {("attention", True): 16, ("attention", False): 16, ("block", False): 16}
+    assert engine.proven == {("attention", True, True, 0): 16, ("block", False, True, 0): 16,
+                             ("attention", False, True, 0): 16, ("attention", True, False, 0): 16,
+                             ("block", False, False, 0): 16}
     model.generate(ids, max_new_tokens=20)  # a longer cache is proven anew
-    assert engine.proven["attention", True] == 28
+    assert engine.proven["attention", True, True, 0] == 28
     replay = engine.capture_cuda_graph(ids[:, :1], mask, cache, engine.forwards["attention"])
     assert replay.mask.shape == (2, 16) and cache.length == int(cache.position) == 0 and not cache.is_captured
     monkeypatch.setattr(PersimmonModel, "forward", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         engine.capture_cuda_graph(ids[:, :1], mask, cache, [])
     assert not cache.is_captured
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
+def test_cuda_engine_skips_zeros(monkeypatch):
+    """For one text, from tables or in int8; what changes in place counts in the next generation."""
+    for model in (wide_model(2), quantize_model(wide_model(2), "int8"), quantize_model(wide_model(2), "int4")):
+        with monkeypatch.context() as patch:
+            calls, ids = use_cuda_engine(patch), random_ids(model.config, 2, 9)
+            patch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
+            for change in (False, True):
+                if change:
+                    model.model.layers[1].mlp.dense_4h_to_h.weight.view(torch.uint8).data[:5] ^= 1
+                model.fast = False
+                expected = [model.generate(ids[:rows], max_new_tokens=8) for rows in (1, 2)]
+                model.fast = True
+                for rows, tokens in zip((1, 2), expected):
+                    model.generate(ids[:rows], max_new_tokens=8)
+                    calls.clear()
+                    RerunGraph.count = 0
+                    assert torch.equal(model.generate(ids[:rows], max_new_tokens=8), tokens)
+                    assert calls["fused_sparse_linear"] == 2 * 9 * (rows == 1) and RerunGraph.count == 1
+            assert len(model.engine.tables) == 2 * (model.config.quantization is None)
 
 
 # What is changed, in a model's first block, by a hook, or in a class; how many of the two kernels are left; how often a
@@ -2575,7 +2660,7 @@ def test_nothing_refers_upward():
     assert not upward_uses(parts)
     cases = [("I", "x: QuantizedLinear", "QuantizedLinear"), ("I", "lambda cache: cache.is_captured", "is_captured"),
              ("I", "lambda: getattr(torch, 'cpu_has')", "cpu_has"), ("I", "lambda: load_config", "load_config"),
-             ("II", "lambda: globals()['x']", "globals"), ("b", "lambda engine: engine.tables", "tables")]  # fmt: skip
+             ("II", "lambda: globals()['x']", "globals"), ("b", "lambda engine: engine.proven", "proven")]  # fmt: skip
     cases += [(part, name, name) for part in PARTS for block, name in BLOCKS.items() if block != part]
     for part, line, _ in cases:
         parts[part].append(line + "\n")
@@ -2583,7 +2668,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    assert max(map(len, SOURCE.splitlines())) <= 100 and len(SOURCE.splitlines()) <= 2320
+    assert max(map(len, SOURCE.splitlines())) <= 100 and len(SOURCE.splitlines()) <= 2430
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
 
 
@@ -2762,8 +2847,8 @@ def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
     ids = random_ids(model.config, 2, 24 if "window" in name else 7).to(DEVICE)
     count, engine = check_engine(model, ids[:1], torch.float32, room=60)
     assert count == ("block" in aside) + ("attention" in aside) + ("prefill" in aside)
-    assert bool(engine.proven["block", False]) == ("block" not in aside)
-    assert bool(engine.proven["attention", True]) == ("prefill" not in aside)
+    assert bool(engine.proven["block", False, False, 0]) == ("block" not in aside)
+    assert bool(engine.proven["attention", True, False, 0]) == ("prefill" not in aside)
     if ALL:
         check_engine(model, ids[:1], torch.bfloat16, room=60)
         check_engine(model, ids, torch.float32, torch.arange(ids.shape[1]).to(ids) >= ids.new_tensor([[3], [0]]), 40)
@@ -2865,7 +2950,7 @@ def test_a_step_is_replayed_on_cuda(tmp_path, monkeypatch):
     check(model, torch.cat((text, ids[1:, 2:5]), 1), cache=cache)  # which the branch has not touched
     cache.crop(4)
     check(model, torch.cat((text[:, :6], ids[1:, :2]), 1), cache=cache)
-    assert cache.length == int(cache.position) and model.engine.proven["block", False] == 60
+    assert cache.length == int(cache.position) and model.engine.proven["block", False, False, 0] == 60
 
 
 # --- ordinary parameters, large matrices -----------------------------------------------------------------------------
@@ -2932,9 +3017,10 @@ def test_when_tables_are_made(monkeypatch):
     assert model.engine.tables == {} and model.engine.downs == downs
     assert {*model.engine.linears} == {*downs, *(mlp.dense_h_to_4h for mlp in mlps)}  # others are smaller than 4 MB
     with monkeypatch.context() as patch:
-        patch.setattr(persimmon, "available_memory", lambda: 2**24 - 1)  # two times 8 MB are needed
+        patch.setattr(persimmon, "available_memory", lambda device: 2**24 - 1)  # two times 8 MB are needed
         next(run)
-        assert model.engine.tables == {}
+        assert model.engine.tables == {} and model.engine.downs == []
+    model.engine.find_downs()
     for _ in range(2):
         model.engine.prepare(fractions.append)
     assert fractions == [0.5, 1.0] and [*model.engine.tables] == downs
