@@ -2126,8 +2126,8 @@ class CudaEngine(TableEngine):
             kinds |= {Block, MLP, nn.Linear, nn.Dropout}
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
             found = [(block, partial(fused_block, block, self.tables)) for block in blocks]
-            if type(head) in kinds and head.weight.dim() == 2 and is_unmodified(head, type(head)):
-                found += [(head, partial(fused_linear, head))]
+            if type(head) in kinds and is_unmodified(head, type(head)):
+                found.append((head, partial(fused_linear, head)))
         else:
             modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
             found = [(layer, partial(fused_attention, layer)) for layer in layers]

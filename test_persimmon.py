@@ -2347,23 +2347,37 @@ def test_cuda_engine(models, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
 def test_cuda_engine_skips_zeros(monkeypatch):
     """For one text, from tables or in int8; what changes in place counts in the next generation."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
+    calls = use_cuda_engine(monkeypatch)
     for model in (wide_model(2), quantize_model(wide_model(2), "int8"), quantize_model(wide_model(2), "int4")):
-        with monkeypatch.context() as patch:
-            calls, ids = use_cuda_engine(patch), random_ids(model.config, 2, 9)
-            patch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
-            for change in (False, True):
-                if change:
-                    model.model.layers[1].mlp.dense_4h_to_h.weight.view(torch.uint8).data[:5] ^= 1
-                model.fast = False
-                expected = [model.generate(ids[:rows], max_new_tokens=8) for rows in (1, 2)]
-                model.fast = True
-                for rows, tokens in zip((1, 2), expected):
-                    model.generate(ids[:rows], max_new_tokens=8)
-                    calls.clear()
-                    RerunGraph.count = 0
-                    assert torch.equal(model.generate(ids[:rows], max_new_tokens=8), tokens)
-                    assert calls["fused_sparse_linear"] == 2 * 9 * (rows == 1) and RerunGraph.count == 1
-            assert len(model.engine.tables) == 2 * (model.config.quantization is None)
+        ids, down, tables = random_ids(model.config, 2, 9), model.model.layers[1].mlp.dense_4h_to_h, 0
+        for rows in (2, 1, -1, 2):  # -1: after a change
+            if rows == -1:
+                down.weight.data.neg_() if type(down) is torch.nn.Linear else down.weight[:, :-8].bitwise_xor_(255)
+            plain, rows = copy.deepcopy(model), abs(rows)
+            plain.fast = False
+            tokens = plain.generate(ids[:rows], max_new_tokens=8)
+            assert torch.equal(model.generate(ids[:rows], max_new_tokens=8), tokens)
+            calls.clear()
+            RerunGraph.count = 0
+            assert torch.equal(model.generate(ids[:rows], max_new_tokens=8), tokens) and RerunGraph.count == 1
+            assert calls["fused_sparse_linear"] == 2 * 9 * (rows == 1)
+            tables = max(tables, 2 * (model.config.quantization is None and rows == 1))
+            assert len(model.engine.tables) == tables
+        assert ("block", False, False, tables) in model.engine.proven
+    model = wide_model(2)
+    model.generate(ids[:1], max_new_tokens=3)
+    keys, (linear, table) = [model.engine.graph_key()], next(iter(model.engine.tables.items()))
+    model.engine.tables[linear] = table.clone()
+    keys.append(model.engine.graph_key())
+    model.lm_head.packed = table  # as a quantized layer has it
+    keys.append(model.engine.graph_key())
+    assert keys[0] != keys[1] != keys[2] != keys[0]
+    for block in model.model.layers:
+        block.mlp.__class__ = type("Other", (MLP,), {})
+    model.engine.tables.clear()
+    model.generate(ids[:1], max_new_tokens=3)
+    assert model.engine.downs == [] and not model.engine.tables
 
 
 # What is changed, in a model's first block, by a hook, or in a class; how many of the two kernels are left; how often a
@@ -2458,10 +2472,14 @@ def test_splits_are_combined_the_same_each_time():
             rope = rope_tables(cache.positions(rows, 1)[0][None], config, torch.bfloat16)
             qkv, layer = torch.randn(rows, 1, 3 * 4096).bfloat16(), Attention(config, 0).bfloat16()
             expected, different = fused_attend(layer, qkv, rope, None, cache), torch.zeros((), dtype=torch.long)
-            graph = torch.cuda.CUDAGraph()
+            x, residual = torch.randn(1, 1, 20480).split((16384, 4096), 2)
+            down = torch.nn.Linear(16384, 4096).bfloat16()
+            args = down, down.weight.t().contiguous(), x.relu().bfloat16(), residual.bfloat16(), cache.arrived
+            sums, graph = fused_sparse_linear(*args), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 for _ in range(100):
                     different += (fused_attend(layer, qkv, rope, None, cache) != expected).any()
+                    different += (fused_sparse_linear(*args) != sums).any()
         for _ in range(100):
             graph.replay()
         assert cache.splits > 1 and int(different) == 0
