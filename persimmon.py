@@ -1197,11 +1197,12 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
     return index % F, x[index], start.view(B, bags)
 
 
-def fingerprint(weight: Tensor) -> tuple[Any, ...]:
+def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """What changes when a weight does. `_version` misses changes through .data: hence a sample."""
-    version = None if weight.is_inference() else weight._version
-    sample = weight.detach().as_strided((61,), (weight.numel() // 61,))
-    return weight.data_ptr(), weight.stride(), version, sample.tolist()
+    samples = [w.detach().as_strided((61,), (w.numel() // 61,)) for w in weights]
+    values = torch.stack(samples).tolist() if samples else []  # at once: a GPU has to be waited for
+    return [(w.data_ptr(), w.stride(), None if w.is_inference() else w._version, sample)
+            for w, sample in zip(weights, values)]
 
 
 def available_memory(device: torch.device) -> float:
@@ -1238,13 +1239,16 @@ class TableEngine(Engine):
         return (type(module) is nn.Linear and module.weight.nbytes >= self.large
                 and module.weight.is_contiguous())
 
-    def find_downs(self) -> None:
-        """Find the down-projections, and forget the tables of weights that have changed."""
-        downs = [getattr(m, "dense_4h_to_h", None) for m in self.model.modules()
-                 if isinstance(m, MLP)]
+    def find_downs(self, modules: Iterable[nn.Module]) -> None:
+        """Find the down-projections for which `prepare` makes tables."""
+        downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
         self.downs = [m for m in downs if self.is_large(m)]
-        for linear, (source, was) in list(self.sources.items()):
-            if linear.weight is not source or fingerprint(source) != was:
+
+    def forget_tables(self) -> None:
+        """Forget the tables of weights that have changed."""
+        now = fingerprints([source for source, _ in self.sources.values()])
+        for (linear, (source, was)), new in zip([*self.sources.items()], now):
+            if linear.weight is not source or new != was:
                 del self.tables[linear], self.sources[linear]
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
@@ -1260,7 +1264,7 @@ class TableEngine(Engine):
             tables = every(lambda m: m.weight.detach().t().contiguous(), new)
             for done, (linear, table) in enumerate(zip(new, tables), start=1):
                 self.tables[linear] = table  # (F, C)
-                self.sources[linear] = linear.weight, fingerprint(linear.weight)
+                self.sources[linear] = linear.weight, *fingerprints([linear.weight])
                 if progress is not None:
                     progress(done / len(new))
 
@@ -1425,8 +1429,10 @@ class CpuEngine(TableEngine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first forgets the tables of weights that have changed."""
-        self.find_downs()
-        self.linears = [m for m in self.model.modules() if self.is_large(m)]
+        self.forget_tables()
+        modules = [*self.model.modules()]
+        self.find_downs(modules)
+        self.linears = [m for m in modules if self.is_large(m)]
         return self.next_logits(ids, mask, cache)
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
@@ -2085,7 +2091,7 @@ def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
     """What changes with a module, a hook, or the place of a weight."""
     return [(m.__class__, m.__class__.forward, "forward" in m.__dict__, m.training,
-             getattr(m, "eps", None), *m._forward_hooks, *m._forward_pre_hooks,
+             m.__dict__.get("eps"), *m._forward_hooks, *m._forward_pre_hooks,
              *map(id, m._modules.values()),
              *[(type(p), p is None or p.data_ptr())
                for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
@@ -2188,9 +2194,9 @@ class CudaEngine(TableEngine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, with the kernels."""
-        self.find_downs()
+        self.forget_tables()
         forwards = self.proven_forwards(ids.shape[1], cache)
-        self.downs = self.downs if self.forwards.get("block") else []
+        self.find_downs(self.modules if self.forwards.get("block") else [])
         with replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 

@@ -1780,12 +1780,12 @@ def reads(monkeypatch) -> Counter:
     return counts
 
 
-def test_cpu_has_and_fingerprint_and_available_memory(monkeypatch):
+def test_cpu_has_and_fingerprints_and_available_memory(monkeypatch):
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
     cpu = torch.device("cpu")
     assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(cpu) < 1e14
     with torch.inference_mode():  # what is made there has no version
-        assert persimmon.fingerprint(weight := torch.rand(9, 9)) != persimmon.fingerprint(weight.neg_())
+        assert persimmon.fingerprints([weight := torch.rand(9, 9)]) != persimmon.fingerprints([weight.neg_()])
     monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 5 kB\nMemAvailable:   3 kB\n")
     assert persimmon.available_memory(cpu) == 3072
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError))
@@ -3039,7 +3039,7 @@ def test_when_tables_are_made(monkeypatch):
         patch.setattr(persimmon, "available_memory", lambda device: 2**24 - 1)  # two times 8 MB are needed
         next(run)
         assert model.engine.tables == {} and model.engine.downs == []
-    model.engine.find_downs()
+    model.engine.find_downs(model.modules())
     for _ in range(2):
         model.engine.prepare(fractions.append)
     assert fractions == [0.5, 1.0] and [*model.engine.tables] == downs
