@@ -69,7 +69,7 @@ class PersimmonConfig:
     bos_token_id: int | None = 71013
     eos_token_id: int | list[int] | None = 71013  # generation stops at any of them
     pad_token_id: int | None = None
-    dtype: str | None = None  # of the stored weights, such as "bfloat16"; what dtype="auto" means
+    dtype: str | None = None  # of the stored weights, such as "bfloat16"; dtype="auto" takes it
     num_labels: int = 2  # of a classifier; config.json lists them as id2label
     id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
     problem_type: str | None = None  # of sequence classification; None: see classification_loss
@@ -92,9 +92,9 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
     """Cosines and sines for positions (B, T), each (B, T, 1, R/2); the 1 is for the heads.
 
     Rotary positions (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated by
-    p * theta**(-2i/R), i = 0 ... R/2 - 1. For a context of 16384, the slowest pair makes a full
-    turn in 2 pi theta**(1 - 2/R) positions, 83,000; it would be 35,000 with the usual theta of
-    10000. Angles need float32; only the tables are rounded, as in transformers.
+    p * theta**(-2i/R), i = 0 ... R/2 - 1. The slowest pair makes a full turn in
+    2 pi theta**(1 - 2/R) = 83,000 positions, five contexts of 16384; it would be 35,000 with the
+    usual theta of 10000. Angles need float32; only the tables are rounded, as in transformers.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -116,13 +116,12 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     """Which of S positions each of T new ones may look at: bool, (1, 1, T, S) or (B, 1, T, S).
 
     input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. None
-    means plain causal attention: if you change what is visible, return a mask in every case.
+    returned means plain causal attention: if you change what is visible, always return a mask.
     Without padding there are three cases, and two of them need no mask:
         T = S      the text so far is all new: plain causal attention, SDPA's `is_causal`: None
         T = 1      one new position may look at everything: None
         1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is
-                   wrong here, since it starts its triangle at the top left corner, where the
-                   triangle has to end at the bottom right.
+                   wrong here: it aligns its triangle with the top left corner, not bottom right.
     Padding, zeros in attention_mask (B, S), hides columns in each of them. A padded position may
     still look at itself: a row that sees nothing is 0/0 in the softmax, and NaN spreads.
     """
@@ -159,7 +158,7 @@ class KVCache:
         self.length = 0
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """The indices (T) of T new tokens, and S; ValueError if they do not fit."""
+        """The indices (T) in the cache of T new tokens, and S; ValueError if they do not fit."""
         (_, rows, _, N, _), S = self.keys.shape, self.length + T
         if B != rows or S > N:
             raise ValueError(f"the cache is for {rows} rows of {N} positions, not {B} of {S}")
@@ -170,18 +169,18 @@ class KVCache:
         S = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : S] = k
         self.values[layer, :, :, self.length : S] = v
-        if self.length > 0:
+        if self.length > 0:  # else the new ones are all there are
             k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set the number of positions filled; later ones will be overwritten."""
+        """Set `length`: up after a pass, or down, to forget the positions beyond it."""
         self.length = length
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)). The norm bounds the
-    scores, which can grow in training until the softmax saturates (Dehghani et al., arXiv
+    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)). The norm keeps the
+    scores from growing in training until the softmax saturates (Dehghani et al., arXiv
     2302.05442). Source: the original's megatron/model/transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
@@ -233,7 +232,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)  # on the MLP's output only
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
@@ -300,11 +299,11 @@ class PersimmonPreTrainedModel(nn.Module):
 
 
 class PersimmonModel(PersimmonPreTrainedModel):
-    """Token ids to hidden states: embedding, L blocks, a final norm. Weights are new."""
+    """Token ids to hidden states: embedding, L blocks, a final norm. New weights are random."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # padding_idx: no gradient reaches that row. (nn.Embedding() would fill the matrix twice.)
+        # Row padding_idx gets no gradient. (nn.Embedding() would fill the matrix before post_init.)
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -363,7 +362,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs the model plainly, and drops Part III's engine
-        self.engine, self.cache_config = None, config  # a cache in Part III d has fewer heads
+        self.engine, self.cache_config = None, config  # Part III d: caches have fewer heads
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -409,15 +408,15 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     top_p        keeps the fewest, likeliest first, whose probabilities reach p (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
-    if temperature < 1e-30:
+    if temperature < 1e-30:  # in float32, 1e-46 is 0, and 0 / 0 NaN
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
     if top_k > 0 or top_p < 1:
         total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if logits.device.type == "cpu" and logits.shape[1] > 1024:
-            # Sorting 262,144 logits takes 30 ms; finding the 1024 largest takes 1 and nearly always
-            # suffices. topk may drop ties of the smallest, so only larger ones are trusted.
+            # Sorting 262,144 logits takes 30 ms; finding the 1024 largest takes 1 ms and nearly
+            # always suffices. topk may drop ties with the smallest: only larger ones are trusted.
             top_ids = logits.topk(1024).indices.sort().values
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
@@ -435,7 +434,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]. In float64, where
+    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]. In float64, since
     # many small weights add up. Unlike torch.multinomial, it never waits for the device.
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
@@ -481,7 +480,7 @@ class Engine:
             yield tokens.tolist(), logprobs.tolist()
 
 
-# Part III's blocks register themselves: engines by device, and what quantizes a model by name.
+# Part III's blocks register themselves: engines by device, quantizers by name.
 ENGINES: dict[str, type[Engine]] = {}
 QUANTIZERS: dict[str, Callable[..., Any]] = {}  # f(model, group_size, progress=None)
 
@@ -534,7 +533,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     seeded seed + b; without a seed, each call draws one. A row stops at one of stop_ids, by
     default eos_token_id, after max_new_tokens, or when the context is full: it holds
     max_position_embeddings tokens, and a `cache` its own number and one more, as the last token is
-    not stored. The first positions of an unpadded prompt may be in `cache` already.
+    not stored. `cache` may already hold the start of an unpadded prompt: still pass all of it.
 
     Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
     ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.
@@ -547,10 +546,10 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     ids, mask = pad_left(input_ids.to(device, torch.long), attention_mask, config.vocab_size)
     (B, T), lengths, context = ids.shape, mask.sum(1).tolist(), config.max_position_embeddings
     steps, is_padded = min(max_new_tokens, context - min(lengths)), min(lengths) < T
-    N = T + steps - 1 if cache is None else cache.keys.shape[3]  # the last token is not read
+    N = T + steps - 1 if cache is None else cache.keys.shape[3]  # the last token is not stored
     steps = min(steps, N + 1 - T)
     if max(lengths) >= context or steps < 1:
-        room = f"cache of {N}" if steps < 1 <= context - max(lengths) else f"context of {context}"
+        room = f"context of {context}" if max(lengths) >= context else f"cache of {N}"
         raise ValueError(f"the prompt of {T} tokens fills the {room}")
     if cache is None:
         cache = engine_for(model).make_cache(B, N, device)
@@ -560,7 +559,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     stop_ids = set(eos if stop_ids is None else map(int, stop_ids))
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
-    seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+    seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
     seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # for padding, the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
@@ -569,7 +568,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         """Each step's ids (B) and their log-probabilities (B), on the device."""
         new = ids[:, cache.length :]  # in the first pass what the cache lacks, then one token a row
         for step in range(1, steps + 1):
-            engine = engine_for(model)
+            engine = engine_for(model)  # the caller may change the model between steps
             next_logits = engine.prefill if step == 1 else engine.decode
             logits = next_logits(new, mask, cache)  # (B, V)
             penalized, r = logits, repetition_penalty  # Keskar et al., arXiv 1909.05858
