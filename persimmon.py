@@ -1198,17 +1198,19 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """What changes when a weight does. `_version` misses changes through .data: hence a sample."""
-    samples = [w.detach().as_strided((61,), (w.numel() // 61,)) for w in weights]
+    samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
+               for w in weights]
     values = torch.stack(samples).tolist() if samples else []  # at once: a GPU has to be waited for
     return [(w.data_ptr(), w.stride(), None if w.is_inference() else w._version, sample)
             for w, sample in zip(weights, values)]
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that are free or only cache files; infinity where the system does not say. Of a GPU's
-    half: a later cache may be longer."""
+    """Bytes that are free or only cache files; infinity where the system does not say. Of a GPU's,
+    half: the rest is for longer caches."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) / 2
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -1221,11 +1223,11 @@ class TableEngine(Engine):
     """An engine that reads a down-projection only where its activations are not zero.
 
     For that, `tables` holds its weight transposed to (F, C), 4.8 GB in all for the 8B in 16 bit.
-    They are made before the second token, if the memory is there, and anew when a weight has
-    changed.
+    They are made before the second token, if the memory is there (on a GPU, for one text only), and
+    anew when a weight has changed.
     """
 
-    large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, where F.linear is faster
+    large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, and F.linear is the fastest
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         super().__init__(model)
@@ -1234,7 +1236,7 @@ class TableEngine(Engine):
         self.sources: dict[nn.Linear, tuple[Tensor, tuple]] = {}  # weight and its fingerprint then
 
     def is_large(self, module: nn.Module | None) -> bool:
-        """Whether it is a Linear for which F.linear is not the fastest."""
+        """Whether it is a Linear with a matrix of `large` bytes or more."""
         return (type(module) is nn.Linear and module.weight.nbytes >= self.large
                 and module.weight.is_contiguous())
 
@@ -1243,20 +1245,19 @@ class TableEngine(Engine):
         downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
         self.downs = [m for m in downs if self.is_large(m)]
 
-    def forget_tables(self) -> None:
-        """Forget the tables of weights that have changed."""
-        now = fingerprints([source for source, _ in self.sources.values()])
+    def forget_tables(self, modules: Iterable[nn.Module]) -> None:
+        """Forget the tables of weights that have changed, or are none of these modules'."""
+        now, modules = fingerprints([source for source, _ in self.sources.values()]), {*modules}
         for (linear, (source, was)), new in zip([*self.sources.items()], now):
-            if linear.weight is not source or new != was:
+            if linear not in modules or linear.weight is not source or new != was:
                 del self.tables[linear], self.sources[linear]
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the tables that are missing; progress is called with the fraction that is done."""
         new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
         size = sum(m.weight.nbytes for m in new)
-        if new and size > available_memory(new[0].weight.device):
-            new = self.downs = []  # none in this generation
-        if not new:
+        if not new or size > available_memory(new[0].weight.device):
+            self.downs = []  # nothing to do in this generation
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             every = map if new[0].weight.is_cuda else pool.map
@@ -1428,8 +1429,8 @@ class CpuEngine(TableEngine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first forgets the tables of weights that have changed."""
-        self.forget_tables()
         modules = [*self.model.modules()]
+        self.forget_tables(modules)
         self.find_downs(modules)
         self.linears = [m for m in modules if self.is_large(m)]
         return self.next_logits(ids, mask, cache)
@@ -1964,7 +1965,7 @@ class StaticCache(KVCache):
         heads, device = self.keys.shape[1] * self.keys.shape[2], self.keys.device
         self.position = torch.zeros((), dtype=torch.long, device=device)
         self.is_captured, self.graph, self.graph_key = False, None, None
-        # An SM has room for four programs; to combine more than 8 splits costs more than it saves.
+        # Measured: four programs an SM are enough; combining more than 8 splits costs too much.
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * heads <= 4 * sms)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
@@ -2038,9 +2039,9 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     if O >= 8192:
         columns, size, num_warps = (32, 512, 2) if linear.weight.itemsize > 1 else (64, 512, 4)
     columns, inputs = min(columns, O & -O), min(size // x.itemsize, C & -C)
-    is_contiguous = linear.weight.is_contiguous() and x.is_contiguous()
+    is_contiguous = all(t is None or t.is_contiguous() for t in (linear.weight, x, residual))
     if (B > 16 or T > 1 or linear.weight.shape != (O, C) or min(columns, inputs) < 16
-            or not is_contiguous):  # int4, and rare sizes: by PyTorch
+            or not is_contiguous):  # by PyTorch: int4, the down-projection in 8 bits, rare sizes
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
@@ -2056,27 +2057,28 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
 
 def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: Tensor,
                         arrived: Tensor) -> Tensor:
-    """linear(x) + residual, (1, 1, C), for one row x (1, 1, F), with table = W^T (F, C), or rows of
+    """linear(x) + residual, (1, 1, O), for one row x (1, 1, F), with table = W^T (F, O), or rows of
     codes as an Int8SparseLinear has them."""
-    (F, stride), C = table.shape, linear.out_features
-    columns, inputs = min(512, C & -C), min(512, F & -F)  # the fastest of some on an H200
+    (F, stride), O = table.shape, linear.out_features
+    columns, inputs = min(512, O & -O), min(512, F & -F)  # the fastest of some on an H200
     is_quantized = table.dtype == torch.uint8
-    if (x.shape != (1, 1, F) or stride != C + 8 * is_quantized or not table.is_contiguous()
-            or C // columns > len(arrived) or inputs < 16 or columns < 16 or stride % 4 != 0):
-        raise ValueError("shapes are not those of the kernel")
+    is_contiguous = all(t.is_contiguous() for t in (table, x, residual))
+    if (x.shape != (1, 1, F) or stride != O + 8 * is_quantized or not is_contiguous
+            or O // columns > len(arrived) or min(inputs, columns) < 16 or F // inputs > 128):
+        return fused_linear(linear, x, residual=residual)
     y, nonzero = torch.empty_like(residual), x.new_empty(F, dtype=torch.int32)
-    split_out = x.new_empty(F // inputs, C, dtype=torch.float32)
-    scale = table.view(torch.float32)[:, C // 4 :] if is_quantized else None
+    split_out = x.new_empty(F // inputs, O, dtype=torch.float32)
+    scale = table.view(torch.float32)[:, O // 4 :] if is_quantized else None
     with torch.cuda.device_of(x):
-        triton_kernels()[2][C // columns, F // inputs](
-            x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, C, stride,
+        triton_kernels()[2][O // columns, F // inputs](
+            x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, O, stride,
             columns, inputs, 16, F // inputs, num_warps=4, enable_fp_fusion=True)
     return y
 
 
 def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
                 rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: StaticCache) -> Tensor:
-    """Block.forward for a token of each text, x (B, 1, C), B <= 16; of one text in five kernels."""
+    """Block.forward for a token of each text, x (B, 1, C), B <= 16; for one, in five kernels."""
     layer, mlp, down = block.self_attn, block.mlp, block.mlp.dense_4h_to_h
     qkv = fused_linear(layer.query_key_value, x, norm=block.input_layernorm)
     x = fused_linear(layer.dense, fused_attend(layer, qkv, rope, mask, cache), residual=x)
@@ -2088,7 +2090,7 @@ def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """What changes with a module, a hook, or the place of a weight."""
+    """What changes with a module, a hook, or the place of a parameter or buffer."""
     return [(m.__class__, m.__class__.forward, "forward" in m.__dict__, m.training,
              m.__dict__.get("eps"), *m._forward_hooks, *m._forward_pre_hooks,
              *map(id, m._modules.values()),
@@ -2111,13 +2113,18 @@ class CudaEngine(TableEngine):
         self.state: list[Any] | None = None  # their snapshot, for which the rest holds
         self.is_unhooked = False
         self.forwards: dict[str, list[tuple[nn.Module, Callable]]] = {}  # by way
-        # by way, T > 1, B > 1 and the number of tables: the longest cache; 0: it differs
-        self.proven: dict[tuple[str, bool, bool, int], float] = {}
+        # by way, T > 1, B > 1, no mask, number of tables: the longest cache; 0: it differs
+        self.proven: dict[tuple[str, bool, bool, bool, int], float] = {}
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
-        """A StaticCache, where there is Triton."""
+        """A StaticCache, where there is Triton. If memory is short, the tables make room for it."""
         kind, model = KVCache if triton_kernels() is None else StaticCache, self.model
-        return kind(model.cache_config, B, N, model.dtype, model.device)
+        make = partial(kind, model.cache_config, B, N, model.dtype, model.device)
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            self.tables.clear(), self.sources.clear()
+            return make()
 
     def find_forwards(self, way: str) -> list[tuple[nn.Module, Callable]]:
         """What stands in for the forward of each block, or of its attention; [] if not all can."""
@@ -2138,28 +2145,35 @@ class CudaEngine(TableEngine):
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
         return found if is_known else []
 
-    def proven_forwards(self, T: int, cache: KVCache) -> list[tuple[nn.Module, Callable]]:
+    def proven_forwards(self, T: int, mask: Tensor | None,
+                        cache: KVCache) -> list[tuple[nn.Module, Callable]]:
         """The forwards for a pass over T positions; [] for a plain pass."""
         if not isinstance(cache, StaticCache):
             return []
         if snapshot(self.modules) != self.state:
             self.modules = list(self.model.modules())
             self.state, self.proven = snapshot(self.modules), {}
+            self.forget_tables(self.modules)
             self.is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
             self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
         B, N = cache.keys.shape[1], cache.keys.shape[3]
         for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
             found = self.forwards[way]
-            key = way, T > 1, B > 1, len(self.tables) if way == "block" else 0
+            tables = len(self.tables) if way == "block" and B == 1 else 0
+            key = way, T > 1, B > 1, mask is None, tables
             longest = self.proven.get(key)
             if found and (longest is None or 0 < longest < N):
-                self.proven[key] = N if self.is_proven(found, cache, min(T, 17, N)) else 0
+                is_proven = self.is_proven(found, cache, min(T, 17, N), mask is not None)
+                self.proven[key] = N if is_proven else 0
             if found and self.proven[key] > 0:
                 return found
+            if found and way == "block":  # not before a module changes: there is no use for tables
+                self.forwards[way], self.downs = [], []
+                self.tables.clear(), self.sources.clear()
         return []
 
-    def is_proven(self, forwards: list[tuple[nn.Module, Callable]], cache: StaticCache,
-                  T: int) -> bool:
+    def is_proven(self, forwards: list[tuple[nn.Module, Callable]], cache: StaticCache, T: int,
+                  has_mask: bool) -> bool:
         """Whether each block adds to x what it adds plainly, where T positions fill the cache."""
         config, (L, B, _, N, _) = self.model.cache_config, cache.keys.shape
         B, device, dtype, new = min(B, 2), cache.keys.device, cache.keys.dtype, dict(forwards)
@@ -2173,9 +2187,9 @@ class CudaEngine(TableEngine):
                 one.crop(N - T)
         x = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
-        padding[1:, : N // 3] = 0
+        padding[-1:, : N // 3] = 0
         input_pos, _ = caches[1].positions(B, T)
-        mask = causal_mask(input_pos, N, None if B == 1 else padding)
+        mask = causal_mask(input_pos, N, padding if has_mask else None)
         exact_rope = rope_tables(input_pos[None], config, torch.float32)
         rope = tuple(table.to(dtype) for table in exact_rope)
         try:
@@ -2193,21 +2207,20 @@ class CudaEngine(TableEngine):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, with the kernels."""
-        self.forget_tables()
-        forwards = self.proven_forwards(ids.shape[1], cache)
-        self.find_downs(self.modules if self.forwards.get("block") else [])
+        self.forget_tables(self.modules)
+        forwards = self.proven_forwards(ids.shape[1], mask, cache)
+        self.find_downs(self.modules if len(ids) == 1 and self.forwards.get("block") else [])
         with replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, by a replay; the next one overwrites the logits."""
-        if len(ids) == 1:
-            self.prepare()
-        forwards = self.proven_forwards(1, cache)
+        self.prepare()
+        forwards = self.proven_forwards(1, mask, cache)
         if not (forwards and self.is_unhooked):  # hooks have to run in each pass
             with replaced_forward(forwards):
                 return self.next_logits(ids, mask, cache)
-        if cache.graph_key != self.graph_key():
+        if cache.graph_key != self.graph_key() or cache.graph.mask is not mask:
             cache.graph = self.capture_cuda_graph(ids, mask, cache, forwards)
             cache.graph_key = self.graph_key()
         logits = cache.graph(ids)
@@ -2216,13 +2229,13 @@ class CudaEngine(TableEngine):
 
     def graph_key(self) -> list[Any]:
         """What a captured graph depends on."""
-        private = [*self.tables.values(), *(getattr(m, "packed", None) for m in self.modules)]
+        private = [*self.tables.values(), *(m.__dict__.get("packed") for m in self.modules)]
         return [self.state, *(x.data_ptr() for x in private if x is not None)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: list) -> Callable[[Tensor], Tensor]:
         """Captures next_logits(ids) as a CUDA graph and returns its replay, for any other ids."""
-        ids = ids.clone()
+        ids, given = ids.clone(), mask
         self.stream = stream = self.stream or torch.cuda.Stream(ids.device)
         if mask is not None:
             mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
@@ -2247,7 +2260,7 @@ class CudaEngine(TableEngine):
                     logits = step()
         finally:
             cache.is_captured = False
-        replay.mask = mask  # what a replay reads has to stay
+        replay.mask, replay.padded_mask = given, mask  # what a replay reads has to stay
         return replay
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
