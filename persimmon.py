@@ -608,7 +608,6 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from itertools import chain
-from types import NoneType
 
 # --- config.json ----------------------------------------------------------------------------------
 DTYPES = ("bfloat16", "float16", "float32")
@@ -617,12 +616,11 @@ CONFIG_FIELDS = (  # names; types, with None if null is a value of its own; rang
      "max_position_embeddings", (int,), (1, 2**28)), ("num_labels", (int,), (1, 2**16)),
     ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (float, int),
      (1e-30, 2**28)), ("hidden_dropout attention_dropout", (float, int), (0, 1)),
-    ("classifier_dropout", (float, int, NoneType), (0, 1)), ("qk_layernorm", (bool,), ()),
-    ("eos_token_id", (int, list, NoneType), (0, 2**28)),
-    ("bos_token_id pad_token_id", (int, NoneType), (0, 2**28)),
-    ("id2label quantization", (dict, NoneType), ()), ("dtype", (str, NoneType), DTYPES),
-    ("problem_type", (str, NoneType), ("regression", "single_label_classification",
-                                       "multi_label_classification")))
+    ("classifier_dropout", (float, int, None), (0, 1)), ("qk_layernorm", (bool,), ()),
+    ("bos_token_id pad_token_id", (int, None), (0, 2**28)), ("dtype", (str, None), DTYPES),
+    ("eos_token_id", (int, list, None), (0, 2**28)), ("id2label quantization", (dict, None), ()),
+    ("problem_type", (str, None), ("regression", "single_label_classification",
+                                   "multi_label_classification")))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -653,30 +651,29 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def checked_config(**values: Any) -> PersimmonConfig:
     """PersimmonConfig(**values); ValueError for a wrong type or a value that no model can have."""
-    listed: set[str] = set()
-    for names, types, allowed in CONFIG_FIELDS:
-        listed |= {*names.split()}
-        for name in [name for name in names.split() if name in values]:
-            value, key = values[name], f"config key {name} = {values[name]!r}"
-            if type(value) not in types:  # isinstance would take True for an int
-                raise ValueError(f"{key} is not of type {types[0].__name__}")
-            if str in types and value not in (None, *allowed):
-                raise ValueError(f"{key} is none of {', '.join(allowed)}")
-            numbers = {int, float}.intersection(types)
-            several = value if type(value) is list else [value] * (type(value) in numbers)
-            if not all(type(x) in numbers and allowed[0] <= x <= allowed[1] for x in several):
-                raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
-    if unlisted := {field.name for field in fields(PersimmonConfig)} - listed:
-        raise ValueError(f"PersimmonConfig has {min(unlisted)}, and CONFIG_FIELDS does not")
     config = PersimmonConfig(**values)
+    rows = {name: row for names, *row in CONFIG_FIELDS for name in names.split()}
+    for name, value in asdict(config).items():
+        if name not in rows:
+            raise ValueError(f"PersimmonConfig has {name}, and CONFIG_FIELDS does not")
+        (types, allowed), key = rows[name], f"config key {name} = {value!r}"
+        kind = None if value is None else type(value)  # isinstance would take True for an int
+        numbers = {int, float}.intersection(types)
+        if kind not in types:
+            raise ValueError(f"{key} is not of type {types[0].__name__}")
+        if kind is str and value not in allowed:
+            raise ValueError(f"{key} is none of {', '.join(allowed)}")
+        several = value if kind is list else [value] * (kind in numbers)
+        if not all(type(x) in numbers and allowed[0] <= x <= allowed[1] for x in several):
+            raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
         raise ValueError(f"config key hidden_size = {C} is no multiple of {H} attention heads")
-    if not 0 < R <= D or R % 2 != 0:
+    if R not in range(2, D + 1, 2):
         raise ValueError("config key partial_rotary_factor: RoPE can't rotate an odd number of "
                          f"dimensions or none, {R} of {D}")
     pad, V, labels, K = config.pad_token_id, config.vocab_size, config.id2label, config.num_labels
-    if pad is not None and not 0 <= pad < V:
+    if pad is not None and pad >= V:
         raise ValueError(f"config key pad_token_id = {pad} is not in the vocabulary of {V}")
     if labels is not None and len(labels) != K:
         raise ValueError(f"config key num_labels = {K}, but id2label has {len(labels)} labels")
@@ -688,16 +685,17 @@ def load_config(folder: str | Path) -> PersimmonConfig:
     generation_config.json, if it is there. ValueError if config.json asks for anything but
     Persimmon; keys that change no result (use_cache, ...) are ignored."""
     settle(Path(folder))
-    raw, rope = read_json(Path(folder) / "config.json"), {}
-    generation = Path(folder) / "generation_config.json"
-    stop = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    raw |= {} if stop is None else {"eos_token_id": stop}
+    values, rope = read_json(Path(folder) / "config.json"), {}
     for key in ("rope_scaling", "rope_parameters"):  # in 2023, often null; in transformers 5
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"config key {key} = {raw[key]!r} is not an object")
-        rope |= raw.get(key) or {}
-    dtype, method = raw.get("dtype") or raw.get("torch_dtype"), raw.get("quantization_config")
-    values = {**raw, **rope, "dtype": dtype, "quantization": None}
+        if not isinstance(values.get(key) or {}, dict):
+            raise ValueError(f"config key {key} = {values[key]!r} is not an object")
+        rope |= values.get(key) or {}
+    values |= {**rope, "dtype": values.get("dtype") or values.get("torch_dtype"),
+               "quantization": None}
+    generation = Path(folder) / "generation_config.json"
+    if generation.is_file() and (stop := read_json(generation).get("eos_token_id")) is not None:
+        values["eos_token_id"] = stop
+    method = values.get("quantization_config")
     if isinstance(method, dict) and method.get("quant_method") == "persimmon.py":
         kind, group_size = str(method.get("quantize")), method.get("group_size", 128)
         values["quantization"] = {"quantize": kind, "group_size": group_size}
@@ -707,7 +705,7 @@ def load_config(folder: str | Path) -> PersimmonConfig:
     # null means the default, except where it has a meaning, as in "no such token".
     config = checked_config(**{
         name: values[name] for names, types, _ in CONFIG_FIELDS for name in names.split()
-        if name in values and (values[name] is not None or NoneType in types)})
+        if name in values and (values[name] is not None or None in types)})
     harmless = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     required = {key: None for key in rope if key not in harmless}
     required |= {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
@@ -732,7 +730,6 @@ def config_to_dict(config: PersimmonConfig) -> dict[str, Any]:
 
 
 # --- Loading and saving ---------------------------------------------------------------------------
-
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
                       torch.uint8: "U8", torch.int8: "I8"}  # the integers: quantized matrices
@@ -783,10 +780,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     the file: pages are read when first used, and training never changes the file. quantize = "int8"
     or "int4" quantizes 16-bit weights one matrix after the other, int4 in groups of group_size
     inputs. progress is called with the fraction that is done, in bytes. changes replace values of
-    config.json, as in num_labels=3. A head that the folder lacks is new, with a warning.
-
-    Raises FileNotFoundError for what is missing, and ValueError, naming file and tensor, for what
-    is damaged or does not fit.
+    config.json, as in num_labels=3. A head that the folder lacks is new, with a warning. Raises
+    FileNotFoundError, and ValueError, naming file and tensor, for what is damaged or does not fit.
     """
     if "sparse" in changes:
         raise ValueError("from_pretrained has no sparse= any more: see model.fast")
@@ -806,17 +801,15 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
 
     # The files have to hold exactly the model's tensors, except that a head may be missing, or be
     # that of another model; a bare model's names may lack `model.`.
-    own = {name.removeprefix("model."): (name, p) for name, p in model.state_dict().items()}
-    heads = tuple(f"{head}." for head in ("score", "lm_head"))
+    state = model.state_dict()
+    own, heads = {name.removeprefix("model."): name for name in state}, ("score.", "lm_head.")
     head = {name for name in own if name.startswith(heads)}
     is_own = cls.__name__ in (read_json(folder / "config.json").get("architectures") or [])
-    if is_own or head & files.keys() or (stored_kind and cls is PersimmonForCausalLM):
-        head = set()  # it has to be there; a new one would not be quantized
-    ignored = () if head == set() and cls is not PersimmonModel else heads
-    names = [name for name in files if not name.startswith(ignored)
-             and not name.endswith("rotary_emb.inv_freq")]  # which some older versions store
-    stored = {name.removeprefix("model."): name for name in names}
-    if len(stored) != len(names):
+    if head and (is_own or head & files.keys() or (stored_kind and cls is PersimmonForCausalLM)):
+        head, heads = set(), ()  # it has to be there; a new one would not be quantized
+    stored = {name.removeprefix("model."): name for name in files if not name.startswith(heads)
+              and not name.endswith("rotary_emb.inv_freq")}  # which some older versions store
+    if any({name, f"model.{name}"} <= files.keys() for name in stored):
         raise ValueError(f"{folder} has tensors twice, with and without `model.` in front")
     if missing := own.keys() - stored.keys() - head:
         raise ValueError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
@@ -825,10 +818,10 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
                          f"of this config.json ({len(extra)} unexpected in all)")
 
     target = as_dtype(dtype) if dtype != "auto" else config.dtype and as_dtype(config.dtype)
-    opened, state = {file: open_safetensors(file) for file in set(files.values())}, {}
-    done, total = 0, sum(own[name][1].nbytes for name in stored)
+    opened = {file: open_safetensors(file) for file in set(files.values())}
+    done, total = 0, sum(state[own[name]].nbytes for name in stored)
     for bare_name, name in stored.items():
-        (own_name, empty), file = own[bare_name], files[name]
+        empty, file = state[own[bare_name]], files[name]
         if name not in opened[file].keys():
             raise ValueError(f"{file} lacks the tensor {name}, which the index places there")
         tensor = opened[file].get_tensor(name)  # mapped: nothing is read yet
@@ -839,11 +832,11 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         if tensor.dtype != empty.dtype and not (is_float and tensor.is_floating_point()):
             raise ValueError(f"{what} as {tensor.dtype}: config.json makes it {empty.dtype}")
         target = target or (tensor.dtype if is_float else None)
-        state[own_name] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
+        state[own[bare_name]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         done += empty.nbytes
         if progress is not None and quantize is None:  # else the quantizer reports progress
             progress(done / total)
-    state |= {n: torch.empty_like(own[n][1], dtype=target, device=device or "cpu") for n in head}
+    state |= {n: torch.empty_like(state[n], dtype=target, device=device or "cpu") for n in head}
     model.load_state_dict(state, assign=True)
     if head:
         model.init_weights(model.get_submodule(min(head).split(".")[0]))
@@ -950,7 +943,6 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
 
 
 # --- Tokenizer, streaming, chat prompt ------------------------------------------------------------
-
 class Inputs(dict[str, Tensor]):
     """What a model takes, as in model(**inputs)."""
 
@@ -1064,7 +1056,6 @@ def chat_prompt(turns: Sequence[str]) -> str:
 
 
 # --- Classifiers ----------------------------------------------------------------------------------
-
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
     """The loss of logits (B, K) for K labels, chosen as in transformers (loss/loss_utils.py).
 
