@@ -690,16 +690,15 @@ def load_config(folder: str | Path) -> PersimmonConfig:
         if not isinstance(values.get(key) or {}, dict):
             raise ValueError(f"config key {key} = {values[key]!r} is not an object")
         rope |= values.get(key) or {}
-    values |= {**rope, "dtype": values.get("dtype") or values.get("torch_dtype"),
-               "quantization": None}
+    values |= {**rope, "quantization": None,
+               "dtype": values.get("dtype") or values.get("torch_dtype")}
     generation = Path(folder) / "generation_config.json"
     if generation.is_file() and (stop := read_json(generation).get("eos_token_id")) is not None:
         values["eos_token_id"] = stop
     method = values.get("quantization_config")
     if isinstance(method, dict) and method.get("quant_method") == "persimmon.py":
-        kind, group_size = str(method.get("quantize")), method.get("group_size", 128)
-        values["quantization"] = {"quantize": kind, "group_size": group_size}
-        values["quantization_config"] = None
+        values |= {"quantization_config": None, "quantization": {
+            "quantize": str(method.get("quantize")), "group_size": method.get("group_size", 128)}}
     if isinstance(values.get("id2label"), dict):
         values["num_labels"] = len(values["id2label"])
     # null means the default, except where it has a meaning, as in "no such token".
@@ -774,15 +773,13 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
          device: str | torch.device | None, progress: Callable[[float], None] | None = None,
          quantize: str | None = None, group_size: int = 128,
          **changes: Any) -> PersimmonPreTrainedModel:
-    """Implements from_pretrained.
-
-    dtype "auto" is config.json's, else the file's own, in which weights on a CPU are mapped from
-    the file: pages are read when first used, and training never changes the file. quantize = "int8"
-    or "int4" quantizes 16-bit weights one matrix after the other, int4 in groups of group_size
-    inputs. progress is called with the fraction that is done, in bytes. changes replace values of
-    config.json, as in num_labels=3. A head that the folder lacks is new, with a warning. Raises
-    FileNotFoundError, and ValueError, naming file and tensor, for what is damaged or does not fit.
-    """
+    """Implements from_pretrained. dtype "auto" is config.json's, else the file's own, in which
+    weights on a CPU are mapped from the file: pages are read when first used, and training never
+    changes the file. quantize = "int8" or "int4" quantizes 16-bit weights one matrix after the
+    other, int4 in groups of group_size inputs. progress is called with the fraction that is done,
+    in bytes. changes replace values of config.json, as in num_labels=3. A head that the folder
+    lacks is new, with a warning. Raises FileNotFoundError for what is missing, and ValueError,
+    naming file and tensor, for what is damaged or does not fit."""
     if "sparse" in changes:
         raise ValueError("from_pretrained has no sparse= any more: see model.fast")
     if not folder.is_dir():
@@ -883,13 +880,11 @@ def settle(folder: Path) -> None:
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """A new folder for files that move to `folder` when the block has ended, all of them or none.
-
     A `folder` that is new appears complete. In one that exists, they replace files of the same name
-    and other weights. ValueError while another process does this, OSError as the system has it.
-    """
+    and other weights. ValueError while another process does this, OSError as the system has it."""
     folder = Path(os.path.realpath(folder))  # renaming works within one disk: where a link leads
-    exists = folder.exists()
-    scratch = folder / ".unfinished" if exists else folder.with_name(f"{folder.name}.unfinished")
+    exists, beside = folder.exists(), folder.with_name(f"{folder.name}.unfinished")
+    scratch = folder / ".unfinished" if exists else beside
     new = scratch / "new"
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
@@ -908,19 +903,17 @@ def staging(folder: Path) -> Iterator[Path]:
             yield new
             if not exists:
                 new.rename(folder)  # fails if there is something by now
-            else:
-                settle(folder)
-                names = {*os.listdir(new)}
-                new.rename(folder / ".complete")  # from here on, the new files count
-                settle(folder)
-                for file in folder.glob("model*.safetensors*"):
-                    if (re.fullmatch(r"model-\d+-of-\d+.safetensors|.*index.json", file.name)
-                            and file.name not in names):
-                        file.unlink()
-                beside = folder.with_name(f"{folder.name}.unfinished")
-                with suppress(OSError):  # of a process killed when `folder` had just appeared
-                    (beside / "lock").unlink(missing_ok=True)
-                    beside.rmdir()
+                return
+            settle(folder)
+            names = {*os.listdir(new)}
+            new.rename(folder / ".complete")  # from here on, the new files count
+            settle(folder)
+            old = re.compile(r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json")
+            for name in filter(old.fullmatch, {*os.listdir(folder)} - names):
+                (folder / name).unlink()
+            with suppress(OSError):  # of a process killed when `folder` had just appeared
+                (beside / "lock").unlink(missing_ok=True)
+                beside.rmdir()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -965,9 +958,8 @@ class Tokenizer:
             self.processor = SentencePieceProcessor(model_file=str(file))
         except RuntimeError:
             raise unreadable(file, "SentencePiece model") from None
-        self.end_of_text = self.processor.piece_to_id("|ENDOFTEXT|")  # the unknown id if absent
-        if self.processor.id_to_piece(self.end_of_text) != "|ENDOFTEXT|":
-            self.end_of_text = self.processor.eos_id()
+        end = self.processor.piece_to_id("|ENDOFTEXT|")
+        self.end_of_text = self.processor.eos_id() if self.processor.is_unknown(end) else end
         if self.end_of_text < 0:
             raise ValueError(f"{file} has no piece |ENDOFTEXT| and no other end of text")
         config = file.with_name("tokenizer_config.json")
@@ -1032,9 +1024,8 @@ class StreamDecoder:
         for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
             is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
             tail = tail + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(tail)
-        return "" if decoder.getstate()[0] else self.finish()  # it keeps an incomplete character
+        is_cut = codecs.utf_8_decode(tail, "replace", False)[1] < len(tail)  # within a character
+        return "" if is_cut else self.finish()
 
     def finish(self) -> str:
         """The rest of the text, with U+FFFD for bytes that never became a character."""
