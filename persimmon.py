@@ -606,7 +606,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import chain
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -653,18 +653,17 @@ def checked_config(**values: Any) -> PersimmonConfig:
     """PersimmonConfig(**values); ValueError for a wrong type or a value that no model can have."""
     config = PersimmonConfig(**values)
     rows = {name: row for names, *row in CONFIG_FIELDS for name in names.split()}
-    for name, value in asdict(config).items():
+    for name, value in vars(config).items():
         if name not in rows:
             raise ValueError(f"PersimmonConfig has {name}, and CONFIG_FIELDS does not")
         (types, allowed), key = rows[name], f"config key {name} = {value!r}"
         kind = None if value is None else type(value)  # isinstance would take True for an int
-        numbers = {int, float}.intersection(types)
         if kind not in types:
             raise ValueError(f"{key} is not of type {types[0].__name__}")
         if kind is str and value not in allowed:
             raise ValueError(f"{key} is none of {', '.join(allowed)}")
-        several = value if kind is list else [value] * (kind in numbers)
-        if not all(type(x) in numbers and allowed[0] <= x <= allowed[1] for x in several):
+        several = value if kind is list else [value] * (kind in (int, float))
+        if not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1] for x in several):
             raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
@@ -924,11 +923,11 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     config = checked_config(**asdict(model.config) | {"dtype": dtype})
     tensors = [(name, t.dtype, t.shape, [t]) for name, t in model.state_dict().items()]
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    raw = {"architectures": [type(model).__name__], **config_to_dict(config)}
+    ids = {name: value for name, value in raw.items() if name.endswith("_token_id")}
     with staging(folder) as new:
         write_safetensors(new / "model.safetensors", tensors)
-        write_json(new / "config.json", {"architectures": [type(model).__name__],
-                                         **config_to_dict(config)})
+        write_json(new / "config.json", raw)
         write_json(new / "generation_config.json", ids)
         for name in TOKENIZER_FILES:
             if model.folder and (model.folder / name).is_file() and not (folder / name).exists():
