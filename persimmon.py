@@ -1119,9 +1119,8 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 # === Part III. Faster =============================================================================
 #
 # Engines enter themselves in ENGINES, quantizers in QUANTIZERS. An engine replaces the `forward` of
-# modules during its own passes, and only where `is_unmodified` agrees. Code that restates lines of
-# Part I is compared with them before it is used: on CUDA in the model's own blocks, on CPUs with
-# random keys and values.
+# modules during its own passes, and only where `is_unmodified` agrees. What restates Part I is
+# compared with it before: on CUDA in the model's own blocks, on CPUs with random keys and values.
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1137,14 +1136,13 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 @contextmanager
 def replaced_forward(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Within it, each module runs the function given instead of its class's `forward`."""
-    modules = []
+    new = dict(forwards)
     try:
-        for module, forward in forwards:
+        for module, forward in new.items():
             vars(module)["forward"] = forward
-            modules.append(module)
         yield
     finally:
-        for module in modules:
+        for module in new:
             vars(module).pop("forward", None)
 
 
@@ -1156,16 +1154,12 @@ def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
 
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """For x (..., F): the columns of its nonzeros, row after row; their values; where bags start.
-
-    The starts are (B, bags): each row is split into bags, for cores to take in parallel. None if x
-    has more than `rows` rows or limit*F nonzeros, off the CPU, with gradients enabled, and in
-    torch.compile, for which the count would be part of a shape.
-    """
-    F = x.shape[-1]
-    B = x.numel() // F
-    is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if B > rows or x.device.type != "cpu" or is_plain:
+    """For x (..., F): the columns of its nonzeros, row after row; their values; where bags start,
+    (B, bags): each row is split into bags, for cores to take in parallel. None if x has more than
+    `rows` rows or limit*F nonzeros, off the CPU, with gradients enabled, and in torch.compile, for
+    which the count would be part of a shape."""
+    F, B = x.shape[-1], x.numel() // x.shape[-1]
+    if B > rows or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     x = x.flatten()  # (B*F)
     index = (x != 0).nonzero()[:, 0].int()  # int32 is faster in embedding_bag
@@ -1192,12 +1186,9 @@ def available_memory(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) / 2
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * found[0] if found else math.inf
+    with suppress(OSError, TypeError):  # not on Linux
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
 
 
 class TableEngine(Engine):
@@ -1236,8 +1227,7 @@ class TableEngine(Engine):
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the tables that are missing; progress is called with the fraction that is done."""
         new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
-        size = sum(m.weight.nbytes for m in new)
-        if not new or size > available_memory(new[0].weight.device):
+        if not new or sum(m.weight.nbytes for m in new) > available_memory(new[0].weight.device):
             self.downs = []  # nothing to do in this generation
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -1293,8 +1283,7 @@ def cpu_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
     """linear(x), x (..., F) -> (..., C), without reading the rows of table = W^T (F, C) that are
-    multiplied by zeros only."""
-    # With more rows or nonzeros, F.linear is as fast.
+    multiplied by zeros only; unless F.linear is as fast, with more rows or nonzeros."""
     bags = nonzero_bags(x, 16, 1.5) if x.dtype == table.dtype else None
     if bags is None:
         return cpu_linear(linear, x)
@@ -1306,30 +1295,24 @@ def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
 
 
 class TransposedKVCache(KVCache):
-    """A KVCache whose keys are stored transposed, (L, B, H, D, N), for attention by embedding_bag.
-
-    An N above `block` is rounded up to a multiple of it.
-    """
+    """A KVCache whose keys are stored transposed, (L, B, H, D, N), for attention by embedding_bag;
+    an N above `block` is rounded up to a multiple of it."""
 
     block = 256  # positions
 
-    def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
-                 device: torch.device | str) -> None:
+    def __init__(self, config: PersimmonConfig, B: int, N: int, *others: Any) -> None:
         N = N if N <= self.block else -(-N // self.block) * self.block
-        super().__init__(config, B, N, dtype, device)
+        super().__init__(config, B, N, *others)
         L, B, H, N, D = self.keys.shape
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """As in KVCache; one new position by sums of rows, scores rounded to q's dtype.
-
-        The output is the sum over S of p times a value. The scores of P positions are the sum over
-        D of an element of q times P elements of the transposed keys.
-        """
+        """As in KVCache; one new position by sums of rows, scores rounded to q's dtype. The output
+        is the sum over S of p times a value. The scores of P positions are the sum over D of an
+        element of q times P elements of the transposed keys."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
-        fits = q.shape == k.shape == v.shape == (B, H, T, D)
-        fits = fits and (mask is None or mask.shape[1:] == (1, T, S))
-        if not fits or 1 < T == S:
+        has_one_mask = mask is None or mask.shape[1:] == (1, T, S)  # for all heads
+        if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D) or 1 < T == S:
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
@@ -1355,10 +1338,8 @@ class TransposedKVCache(KVCache):
 class CpuEngine(TableEngine):
     """Products and attention by the operators that read memory fastest on this processor."""
 
-    def __init__(self, model: PersimmonForCausalLM) -> None:
-        super().__init__(model)
-        self.linears: list[nn.Linear] = []  # those with a large weight
-        self.proven: float = 0  # the longest cache attention was compared in; infinity: it differed
+    linears: Sequence[nn.Linear] = ()  # those with a large weight
+    proven: float = 0  # the longest cache that attention was compared in; infinity: it differed
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """Keys are stored transposed in 16 bit, unless the cache is short or SDPA is faster."""
@@ -1377,33 +1358,28 @@ class CpuEngine(TableEngine):
         config = replace(self.model.config, hidden_size=2 * D, num_attention_heads=2,
                          num_hidden_layers=1)
         random = torch.Generator().manual_seed(0)
-        keys, values = torch.randn(2, 1, 1, 2, N, D, generator=random).to(dtype)
+        content = torch.randn(2, 1, 1, 2, N, D, generator=random).to(dtype)
         new = torch.randn(3, 1, 2, 3, D, generator=random).to(dtype)
-        mask = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
+        two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
 
         def attend(kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
-            cache = kind(config, 1, N, dtype, "cpu")
-            cache.keys[:, :, :, :N], cache.values[:, :, :, :N] = keys, values
-            for name in ("keys", "values"):  # the same memory for every layer
-                setattr(cache, name, getattr(cache, name).expand(L, -1, -1, -1, -1))
-            (q, k, v), results = new.to(dtype), []
-            for layer in range(L):  # two positions at once, and then one
-                cache.crop(N - 3)
-                two = q[:, :, :2] * scale, k[:, :, :2], v[:, :, :2], mask
-                results.append(cache.attend(layer, *two))
-                cache.crop(N - 1)
-                one = q[:, :, 2:] * scale, k[:, :, 2:], v[:, :, 2:], None
-                results.append(cache.attend(layer, *one))
+            cache, results = kind(config, 1, N, dtype, "cpu"), []
+            cache.keys[:, :, :, :N], cache.values[:, :, :, :N] = content
+            cache.keys = cache.keys.expand(L, -1, -1, -1, -1)  # the same memory for every layer
+            cache.values = cache.values.expand(L, -1, -1, -1, -1)
+            for layer in range(L):
+                for start, stop, mask in ((0, 2, two_at_once), (2, 3, None)):
+                    cache.crop(N - 3 + start)
+                    q, k, v = new[:, :, :, start:stop].to(dtype)
+                    results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
-        try:
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # other shapes, names
             exact, large = attend(KVCache, torch.float32, 1), attend(KVCache, torch.float32, 16)
             # Large scores are compared in float32: they differ in 16 bit.
             if (is_as_exact(attend(TransposedKVCache, dtype, 1), attend(KVCache, dtype, 1), exact)
                     and is_as_exact(attend(TransposedKVCache, torch.float32, 16), large, large)):
                 return True
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # other shapes, other names
-            pass
         warnings.warn("TransposedKVCache does not attend as this file's KVCache: it is not used, "
                       "and a long cache is read more slowly")
         return False
@@ -1416,16 +1392,6 @@ class CpuEngine(TableEngine):
         self.linears = [m for m in modules if self.is_large(m)]
         return self.next_logits(ids, mask, cache)
 
-    def forwards(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The large Linears, and how they are multiplied."""
-        for linear in self.linears:
-            if not is_unmodified(linear, nn.Linear):
-                continue
-            if linear in self.tables and self.sources[linear][0] is linear.weight:
-                yield linear, partial(sparse_linear, linear, self.tables[linear])
-            else:
-                yield linear, partial(cpu_linear, linear)
-
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first makes the tables."""
         self.prepare()
@@ -1433,7 +1399,12 @@ class CpuEngine(TableEngine):
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, by the products above."""
-        with replaced_forward(self.forwards()):
+        forwards = {m: partial(cpu_linear, m) for m in self.linears if is_unmodified(m, nn.Linear)}
+        for linear, table in [*self.tables.items()]:
+            source, _ = self.sources.get(linear, (None, None))
+            if linear in forwards and source is linear.weight:
+                forwards[linear] = partial(sparse_linear, linear, table)
+        with replaced_forward(forwards.items()):
             return super().next_logits(ids, mask, cache)
 
 
@@ -1458,13 +1429,11 @@ ENGINES["cpu"] = CpuEngine
 
 class QuantizedLinear(nn.Module):
     """x W^T + b with W in few bits. Raises ValueError for weights that are not finite or don't fit.
-
     A subclass has quantize_weight, which makes the tensors to store; dequantize, W^T for some of
     the outputs; and small_batch_matmul, x W^T by a PyTorch kernel that reads the codes. It returns
     None where there is none or it is slow: with dense W on x86, in all dtypes but bfloat16."""
 
     max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
-    split_dim, scale_dim = 0, 0  # W is quantized in parts: where to split it and to join its scales
     axes: tuple[dict[str, int], ...]  # which axis of a tensor belongs to outputs, which to inputs
     packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
     is_by_input = False  # whether a row of `weight` belongs to an input, and not to an output
@@ -1477,12 +1446,14 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
-        parts, stored = [weight] if weight.is_meta else weight.split(64, self.split_dim), []
+        side, stored = int(self.is_by_input), []  # 64 outputs after the other, or 64 inputs
+        parts = [weight] if weight.is_meta else weight.split(64, side)
         for part in parts:
             stored.append(self.quantize_weight(part))
             progress(len(stored) / len(parts))
-        for name, dim, tensors in zip(("weight", "scale"), (0, self.scale_dim), zip(*stored)):
-            self.register_buffer(name, tensors[0] if weight.is_meta else torch.cat(tensors, dim))
+        for name, tensors in zip(("weight", "scale"), zip(*stored)):
+            axis = self.axes[side][name]
+            self.register_buffer(name, tensors[0] if weight.is_meta else torch.cat(tensors, axis))
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1566,7 +1537,6 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """4 bits, a scale and an offset for each group of inputs and each output."""
 
-    scale_dim = 1
     axes = {"weight": 0, "scale": 1}, {"weight": 1, "scale": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -1644,7 +1614,7 @@ class Int4Linear(QuantizedLinear):
 class Int8SparseLinear(QuantizedLinear):
     """8 bits, a scale and an offset per input. The rows of inputs that are zero are not read."""
 
-    split_dim, is_by_input = 1, True
+    is_by_input = True
     axes = {}, {"weight": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor]:
@@ -1683,19 +1653,17 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
     """Replace each Linear but a classifier's head, one by one, in int8 or int4; returns the model.
     A ValueError for weights that can't be quantized leaves it quantized in part, and of no use."""
-    quantization = {"quantize": kind, "group_size": group_size}
-    if model.config.quantization not in (None, quantization):
-        found = model.config.quantization["quantize"]
-        raise ValueError(f"the model is quantized already, in {found}")
+    quantization, old = {"quantize": kind, "group_size": group_size}, model.config.quantization
+    if old not in (None, quantization):
+        raise ValueError(f"the model is quantized already, in {old['quantize']}")
     if kind not in ("int8", "int4"):
         raise ValueError(f"quantize = {kind!r} is neither int8 nor int4")
     if group_size not in (32, 64, 128):
         raise ValueError(f"group_size = {group_size} is none of 32, 64 and 128")
-    linears = [(path, parent, child) for path, parent in model.named_modules()
+    linears = [(path, parent, child, m.weight.nbytes) for path, parent in model.named_modules()
                for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
-    done, total = 0, sum(getattr(parent, child).weight.nbytes for _, parent, child in linears)
-    for path, parent, child in linears:
-        size = getattr(parent, child).weight.nbytes
+    done, total = 0, sum(size for *_, size in linears)
+    for path, parent, child, size in linears:
         count = (lambda part: progress((done + part * size) / total)) if progress else float
         is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
@@ -1719,21 +1687,18 @@ QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *opti
 # === Part III c. CUDA =============================================================================
 #
 # A GPU reads the weights of a layer in a tenth of a millisecond, less than Python takes to launch
-# what there is to do in it. So a step is captured as a CUDA graph and replayed, with three Triton
-# kernels in it: all that lies between the QKV projection and the output of attention; a matrix
-# times a few rows, with the norm before and the activation or the residual after; and for one row
-# the down-projection, which reads only what is not multiplied by zero. A block is then five
-# kernels. (By torch.compile in place of the last two, a token took 15% longer on an H200.)
+# what there is to do. So a step is captured as a CUDA graph and replayed, with three Triton kernels
+# in it: all from the QKV projection to the output of attention; a matrix times a few rows, with the
+# norm before and the activation or the residual after; and for one row the down-projection, without
+# what zeros multiply. (By torch.compile for the last two, a token took 15% longer on an H200.)
 
 import copy
-from collections import deque
 from functools import lru_cache
 
 
 @lru_cache
 def triton_kernels() -> tuple[Any, Any, Any] | None:
-    """attention_kernel, linear_kernel and sparse_kernel, all of which accumulate in float32; None
-    without Triton 3.4+.
+    """attention_kernel, linear_kernel, sparse_kernel, summing in float32; None without Triton 3.4+.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
     1805.02867; FlashAttention, Dao et al., 2205.14135). A program takes one query q past its split
@@ -1747,8 +1712,7 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
         acc' = acc exp(m_i - m_i') + p v
 
     A split's result is acc / l_i, and its weight among the splits softmax(m_i + log l_i). Whichever
-    program of a head finishes last combines them. All have 16 equal rows, for tl.dot.
-    """
+    program of a head finishes last combines them. All have 16 equal rows, for tl.dot."""
     try:
         import triton
         import triton.language as tl
@@ -1777,13 +1741,11 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                          rope_stride, mask, mask_stride, keys, values, position, out, split_out,
                          split_lse, arrived, T, N, H: tl.constexpr, D: tl.constexpr,
                          R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr):
-        """Program (b*H + h, t, split): head h of row b at its t-th new position.
-
-        It stores k and v in the cache, and in out (B, T, H, D) the result of attention. That is for
-        T = 1: with SPLITS = 0, for any T, out is q. Strides are those of the batch. The splits tell
-        each other split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i + log2 l_i;
-        and arrived (B*H), how many have finished.
-        """
+        """Program (b*H + h, t, split), for head h of row b at its t-th new position, stores k and v
+        in the cache, and in out (B, T, H, D) the result of attention. That is for T = 1: with
+        SPLITS = 0, for any T, out is q. Strides are those of the batch. The splits tell each other
+        split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i + log2 l_i; and arrived
+        (B*H), how many have finished."""
         head, t, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         b, h = (head // H).to(tl.int64), head % H
         length = tl.load(position).to(tl.int32) + t  # of what is cached
@@ -1857,11 +1819,9 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                       C: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
                       SQUARE: tl.constexpr):
         """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for B <= 16 rows x (B, C), for one
-        row if there is a norm; f = relu(.)**2 if SQUARE. None is left out, and W may be int8.
-
-        A program takes COLUMNS outputs, and K inputs at a time. Loads are software-pipelined: a
-        block of W is requested two blocks before it is used.
-        """
+        row if there is a norm; f = relu(.)**2 if SQUARE. None is left out, and W may be int8. A
+        program takes COLUMNS outputs, and K inputs at a time. Loads are software-pipelined: a block
+        of W is requested two blocks before it is used."""
         o, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, 16)[:, None]
         c = tl.arange(0, K)
         dtype = x.dtype.element_ty
@@ -1897,12 +1857,10 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                       STRIDE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
                       K: tl.constexpr, SPLITS: tl.constexpr):
         """y (O) = W x + b + residual, with W stored by input, (F, STRIDE), F = INPUTS*SPLITS. Rows
-        of inputs that are zero are not read.
-
-        Program (block, split) takes COLUMNS outputs and INPUTS inputs: it lists those that are not
-        zero in nonzero (F), where all blocks write the same, and takes K of them at a time. With
-        scale, a row is codes; scale and scale + 1 point to its float32 scale and offset.
-        """
+        of inputs that are zero are not read. Program (block, split) takes COLUMNS outputs and
+        INPUTS inputs: it lists those that are not zero in nonzero (F), where all blocks write the
+        same, and takes K of them at a time. With scale, a row is codes; scale and scale + 1 point
+        to its float32 scale and offset."""
         block, split = tl.program_id(0), tl.program_id(1)
         o, f = block * COLUMNS + tl.arange(0, COLUMNS), split * INPUTS + tl.arange(0, INPUTS)
         is_nonzero = tl.load(x + f) != 0
@@ -1936,10 +1894,8 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
 
 
 class StaticCache(KVCache):
-    """A KVCache whose position is on the GPU too, so that a pass over it can be captured.
-
-    While `is_captured`, positions come from there, S is N, and `length` stays.
-    """
+    """A KVCache whose position is on the GPU too, so that a pass over it can be captured: while
+    `is_captured`, positions come from there, S is N, and `length` stays."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -1970,20 +1926,17 @@ class StaticCache(KVCache):
 
 def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                  cache: StaticCache) -> Tensor:
-    """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C).
-
-    For T = 1 it is one kernel. For more, the kernel does what comes before attention, and SDPA
-    attends, which is faster then. Raises ValueError for shapes that the kernel would misread.
-    """
+    """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C). For T = 1
+    it is one kernel. For more, the kernel does what comes before attention, and SDPA attends, which
+    is faster then. Raises ValueError for shapes that the kernel would misread."""
     (B, T, _), (_, rows, H, N, D), (cos, sin) = qkv.shape, cache.keys.shape, rope
     keys, values, S = cache.keys[layer.layer], cache.values[layer.layer], cache.length + T
     norms = [layer.q_layernorm, layer.k_layernorm]
     weights = [p for norm in norms for p in norm.parameters()] or [None] * 4
-    fits = (qkv.shape == (rows, T, 3 * H * D) and (layer.num_heads, layer.head_dim) == (H, D)
+    if not (qkv.shape == (rows, T, 3 * H * D) and (layer.num_heads, layer.head_dim) == (H, D)
             and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
-            and all(p is None or p.shape == (D,) for p in weights))
-    if not fits:
+            and all(p is None or p.shape == (D,) for p in weights)):
         raise ValueError("shapes or dtypes are not those of the kernel")
     splits, width = (cache.splits if T == 1 else 0), (N if cache.is_captured else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
@@ -2003,10 +1956,9 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
     return out.reshape(B, T, H * D)
 
 
-def fused_attention(layer: Attention, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-                    cache: StaticCache) -> Tensor:
-    """Attention.forward with a cache."""
-    return layer.dense(fused_attend(layer, layer.query_key_value(x), rope, mask, cache))
+def fused_attention(layer: Attention, x: Tensor, *others: Any) -> Tensor:
+    """Attention.forward with a cache; `others` are rope, mask and cache."""
+    return layer.dense(fused_attend(layer, layer.query_key_value(x), *others))
 
 
 def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
@@ -2020,19 +1972,18 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     if O >= 8192:
         columns, size, num_warps = (32, 512, 2) if linear.weight.itemsize > 1 else (64, 512, 4)
     columns, inputs = min(columns, O & -O), min(size // x.itemsize, C & -C)
-    is_contiguous = all(t is None or t.is_contiguous() for t in (linear.weight, x, residual))
-    if (B > 16 or T > 1 or linear.weight.shape != (O, C) or min(columns, inputs) < 16
-            or not is_contiguous):  # by PyTorch: int4, the down-projection in 8 bits, rare sizes
+    fits = B <= 16 and T == 1 and linear.weight.shape == (O, C) and min(columns, inputs) >= 16
+    if not (fits and all(t is None or t.is_contiguous() for t in (linear.weight, x, residual))):
+        # By PyTorch: int4, the down-projection in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
     y = x.new_empty(B, 1, O)
-    norm_arguments = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
     with torch.cuda.device_of(x):
         triton_kernels()[1][O // columns,](
-            x, linear.weight, getattr(linear, "scale", None), linear.bias, *norm_arguments,
-            residual, y, B, O, C, columns, inputs, square, num_warps=num_warps,
-            enable_fp_fusion=True)
+            x, linear.weight, getattr(linear, "scale", None), linear.bias,
+            *((norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)), residual, y, B,
+            O, C, columns, inputs, square, num_warps=num_warps, enable_fp_fusion=True)
     return y
 
 
@@ -2072,30 +2023,25 @@ def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
     """What changes with a module, a hook, or the place of a parameter or buffer."""
-    return [(m.__class__, m.__class__.forward, "forward" in m.__dict__, m.training,
-             m.__dict__.get("eps"), *m._forward_hooks, *m._forward_pre_hooks,
-             *map(id, m._modules.values()),
+    return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
+             *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
              *[(type(p), p is None or p.data_ptr())
                for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
 
 
 class CudaEngine(TableEngine):
     """Kernels for what they are proven to restate, and decoding as a replayed CUDA graph.
-
     There are two ways to run a block: "block", by fused_block, for one token of each of up to 16
     texts, and "attention", with fused_attention in it, for all else. Both are compared with the
-    plain block before they are used, and again when a module has changed.
-    """
+    plain block before they are used, and again when a module has changed."""
 
-    def __init__(self, model: PersimmonForCausalLM) -> None:
-        super().__init__(model)
-        self.stream: torch.cuda.Stream | None = None  # one, as libraries keep memory for each
-        self.modules: list[nn.Module] = []
-        self.state: list[Any] | None = None  # their snapshot, for which the rest holds
-        self.is_unhooked = False
-        self.forwards: dict[str, list[tuple[nn.Module, Callable]]] = {}  # by way
-        # by way, T > 1, B > 1, no mask, number of tables: the longest cache; 0: it differs
-        self.proven: dict[tuple[str, bool, bool, bool, int], float] = {}
+    stream: torch.cuda.Stream | None = None  # one, as libraries keep memory for each
+    modules: Sequence[nn.Module] = ()
+    state: list[Any] | None = None  # their snapshot, with which what follows is set
+    is_unhooked: bool
+    forwards: dict[str, list[tuple[nn.Module, Callable]]]  # by way
+    # By way, T > 1, B > 1, has mask, number of tables: the longest cache; infinity: it differed.
+    proven: dict[tuple[str, bool, bool, bool, int], float]
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, where there is Triton. If memory is short, the tables make room for it."""
@@ -2109,9 +2055,7 @@ class CudaEngine(TableEngine):
 
     def find_forwards(self, way: str) -> list[tuple[nn.Module, Callable]]:
         """What stands in for the forward of each block, or of its attention; [] if not all can."""
-        blocks = [m for m in self.model.modules() if isinstance(m, Block)]
-        head = self.model.lm_head
-        layers = [block.self_attn for block in blocks]
+        head, blocks = self.model.lm_head, [m for m in self.model.modules() if isinstance(m, Block)]
         kinds = {Attention, nn.LayerNorm, nn.Identity}
         if way == "block":
             modules = [m for block in blocks for m in block.modules()]
@@ -2121,6 +2065,7 @@ class CudaEngine(TableEngine):
             if type(head) in kinds and is_unmodified(head, type(head)):
                 found.append((head, partial(fused_linear, head)))
         else:
+            layers = [block.self_attn for block in blocks]
             modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
             found = [(layer, partial(fused_attention, layer)) for layer in layers]
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
@@ -2141,20 +2086,18 @@ class CudaEngine(TableEngine):
         for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
             found = self.forwards[way]
             tables = len(self.tables) if way == "block" and B == 1 else 0
-            key = way, T > 1, B > 1, mask is None, tables
-            longest = self.proven.get(key)
-            if found and (longest is None or 0 < longest < N):
+            key = way, T > 1, B > 1, mask is not None, tables
+            if found and self.proven.get(key, 0) < N:
                 is_proven = self.is_proven(found, cache, min(T, 17, N), mask is not None)
-                self.proven[key] = N if is_proven else 0
-            if found and self.proven[key] > 0:
+                self.proven[key] = N if is_proven else math.inf
+            if found and self.proven[key] < math.inf:
                 return found
             if found and way == "block":  # not before a module changes: there is no use for tables
                 self.forwards[way], self.downs = [], []
                 self.tables.clear(), self.sources.clear()
         return []
 
-    def is_proven(self, forwards: list[tuple[nn.Module, Callable]], cache: StaticCache, T: int,
-                  has_mask: bool) -> bool:
+    def is_proven(self, forwards: list[tuple], cache: StaticCache, T: int, has_mask: bool) -> bool:
         """Whether each block adds to x what it adds plainly, where T positions fill the cache."""
         config, (L, B, _, N, _) = self.model.cache_config, cache.keys.shape
         B, device, dtype, new = min(B, 2), cache.keys.device, cache.keys.dtype, dict(forwards)
@@ -2171,8 +2114,7 @@ class CudaEngine(TableEngine):
         padding[-1:, : N // 3] = 0
         input_pos, _ = caches[1].positions(B, T)
         mask = causal_mask(input_pos, N, padding if has_mask else None)
-        exact_rope = rope_tables(input_pos[None], config, torch.float32)
-        rope = tuple(table.to(dtype) for table in exact_rope)
+        rope, exact_rope = (rope_tables(input_pos[None], config, t) for t in (dtype, torch.float32))
         try:
             for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
                 with replaced_forward((m, new[m]) for m in block.modules() if m in new):
@@ -2190,7 +2132,8 @@ class CudaEngine(TableEngine):
         """As in Engine, with the kernels."""
         self.forget_tables(self.modules)
         forwards = self.proven_forwards(ids.shape[1], mask, cache)
-        self.find_downs(self.modules if len(ids) == 1 and self.forwards.get("block") else [])
+        is_single = len(ids) == 1 and self.state and self.forwards["block"]
+        self.find_downs(self.modules if is_single else ())
         with replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 
@@ -2201,10 +2144,12 @@ class CudaEngine(TableEngine):
         if not (forwards and self.is_unhooked):  # hooks have to run in each pass
             with replaced_forward(forwards):
                 return self.next_logits(ids, mask, cache)
-        if cache.graph_key != self.graph_key() or cache.graph.mask is not mask:
+        if cache.graph_key != self.graph_key() or cache.graph[3] is not mask:
             cache.graph = self.capture_cuda_graph(ids, mask, cache, forwards)
             cache.graph_key = self.graph_key()
-        logits = cache.graph(ids)
+        graph, own_ids, logits, *_ = cache.graph
+        own_ids.copy_(ids)
+        graph.replay()
         cache.crop(cache.length + 1)
         return logits
 
@@ -2214,8 +2159,9 @@ class CudaEngine(TableEngine):
         return [self.state, *(x.data_ptr() for x in private if x is not None)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
-                           forwards: list) -> Callable[[Tensor], Tensor]:
-        """Captures next_logits(ids) as a CUDA graph and returns its replay, for any other ids."""
+                           forwards: list) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
+        """Captures next_logits(ids) as a CUDA graph; returns that, and what it reads and writes:
+        ids (B, 1), to be overwritten with others, logits (B, V) and the mask, given and (B, N)."""
         ids, given = ids.clone(), mask
         self.stream = stream = self.stream or torch.cuda.Stream(ids.device)
         if mask is not None:
@@ -2223,11 +2169,6 @@ class CudaEngine(TableEngine):
 
         def step() -> Tensor:
             return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
-
-        def replay(new: Tensor) -> Tensor:
-            ids.copy_(new)
-            graph.replay()
-            return logits
 
         cache.is_captured = True
         try:
@@ -2241,22 +2182,19 @@ class CudaEngine(TableEngine):
                     logits = step()
         finally:
             cache.is_captured = False
-        replay.mask, replay.padded_mask = given, mask  # what a replay reads has to stay
-        return replay
+        return graph, ids, logits, given, mask  # the mask, too, has to stay
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """As in Engine, one step late: the GPU computes the next while Python handles this one.
-
-        The first is not late, since what comes next takes long when kernels are compiled.
-        """
-        waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+        """As in Engine, one step late: the GPU computes the next while Python handles this one. The
+        first is not late, since what comes next takes long when kernels are compiled."""
+        waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         for step, result in enumerate(chain(results, [None])):
             if result is not None:
                 stream = torch.cuda.current_stream(result[0].device)
                 copies = [tensor.to("cpu", non_blocking=True) for tensor in result]
                 waiting.append((*copies, stream.record_event()))
-            while waiting and (step == 0 or result is None or len(waiting) > 1):
-                tokens, logprobs, is_copied = waiting.popleft()
+            while len(waiting) > (0 if step == 0 or result is None else 1):
+                tokens, logprobs, is_copied = waiting.pop(0)
                 is_copied.synchronize()
                 yield tokens.tolist(), logprobs.tolist()
 
@@ -2373,23 +2311,22 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         layer.num_heads //= n  # the rows of query_key_value are ordered by head
         layer.__class__, mlp.__class__ = ParallelAttention, ParallelMLP
     for linear, dim in [*linears, (model.lm_head, 0)]:
-        for name, axis in getattr(linear, "axes", ({"weight": 0}, {"weight": 1}))[dim].items():
+        side = ("out_features", "in_features")[dim]
+        axes = getattr(linear, "axes", ({"weight": 0}, {"weight": 1}))[dim]
+        if dim == 0 and linear.bias is not None:
+            axes = {**axes, "bias": 0}
+        elif rank > 0:
+            linear.bias = None  # process 0 adds it
+        for name, axis in axes.items():
             tensor = getattr(linear, name).detach()
             size = tensor.shape[axis]  # where there is padding, more than the layer has
-            if size % n != 0 or size > (linear.out_features, linear.in_features)[dim]:
+            if size % n != 0 or size > getattr(linear, side):
                 raise ValueError(f"{name} {tuple(tensor.shape)} can't be divided by {n} processes")
             part = tensor.chunk(n, axis)[rank]
-            if name in linear._parameters:  # rows of it can stay mapped
-                setattr(linear, name, nn.Parameter(part.contiguous(), requires_grad=False))
-            else:
-                setattr(linear, name, part.clone())
-        if dim == 0:
-            linear.out_features //= n
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.detach().chunk(n)[rank], False)
-        else:
-            linear.in_features //= n
-            linear.bias = linear.bias if rank == 0 else None
+            is_parameter = name in linear._parameters  # rows of it can stay mapped
+            part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
+            setattr(linear, name, part)
+        setattr(linear, side, getattr(linear, side) // n)
     model.lm_head, model.caches = ParallelHead(model.lm_head), weakref.WeakValueDictionary()
     model.cache_config = replace(config, num_attention_heads=config.num_attention_heads // n,
                                  hidden_size=config.hidden_size // n)
