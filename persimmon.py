@@ -1222,7 +1222,7 @@ class TableEngine(Engine):
         now, modules = fingerprints([source for source, _ in self.sources.values()]), {*modules}
         for (linear, (source, was)), new in zip([*self.sources.items()], now):
             if linear not in modules or linear.weight is not source or new != was:
-                del self.tables[linear], self.sources[linear]
+                self.tables.pop(linear, None), self.sources.pop(linear, None)  # threads may race
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the tables that are missing; progress is called with the fraction that is done."""
