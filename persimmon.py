@@ -1990,7 +1990,7 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
 def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: Tensor,
                         arrived: Tensor) -> Tensor:
     """linear(x) + residual, (1, 1, O), for one row x (1, 1, F), with table = W^T (F, O), or rows of
-    codes as an Int8SparseLinear has them."""
+    codes as an Int8SparseLinear has them. As fast as fused_linear if a third of x is zero."""
     (F, stride), O = table.shape, linear.out_features
     columns, inputs = min(512, O & -O), min(512, F & -F)  # the fastest of some on an H200
     is_quantized = table.dtype == torch.uint8
