@@ -115,14 +115,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
     """Which of S positions each of T new ones may look at: bool, (1, 1, T, S) or (B, 1, T, S).
 
-    input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. None
-    returned means plain causal attention: if you change what is visible, always return a mask.
+    input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. Returning
+    None asks for plain causal attention; if you change what is visible, always return a mask.
     Without padding there are three cases, and two of them need no mask:
         T = S      the text so far is all new: plain causal attention, SDPA's `is_causal`: None
         T = 1      one new position may look at everything: None
         1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is
                    wrong here: it aligns its triangle with the top left corner, not bottom right.
-    Padding, zeros in attention_mask (B, S), hides columns in each of them. A padded position may
+    In every case, padding (zeros in attention_mask (B, S)) hides columns. A padded position may
     still look at itself: a row that sees nothing is 0/0 in the softmax, and NaN spreads.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
@@ -408,7 +408,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     top_p        keeps the fewest, likeliest first, whose probabilities reach p (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
-    if temperature < 1e-30:  # in float32, 1e-46 is 0, and 0 / 0 NaN
+    if temperature < 1e-30:  # far below, it would round to 0 in float32, and 0 / 0 is NaN
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
@@ -531,9 +531,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T), with zeros in attention_mask (B, T) for padding on either
     side; apart from rounding, rows do not influence each other. Row b draws from its own generator,
     seeded seed + b; without a seed, each call draws one. A row stops at one of stop_ids, by
-    default eos_token_id, after max_new_tokens, or when the context is full: it holds
-    max_position_embeddings tokens, and a `cache` its own number and one more, as the last token is
-    not stored. `cache` may already hold the start of an unpadded prompt: still pass all of it.
+    default eos_token_id, after max_new_tokens, or when the context of max_position_embeddings
+    tokens is full; a `cache` for N positions is full after N + 1, as the last token is not stored.
+    `cache` may already hold the start of an unpadded prompt: still pass all of the prompt.
 
     Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
     ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.
