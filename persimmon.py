@@ -2206,28 +2206,14 @@ ENGINES["cuda"] = CudaEngine
 #
 # Tensor parallelism (Shoeybi et al., arXiv 1909.08053) for generation, with a process for each
 # device. Each of n has H/n heads and F/n activations in every block, the outputs of which are
-# summed, and V/n rows of lm_head. Process 0 runs as if it was alone, and the others follow:
+# summed, and V/n rows of lm_head. All run the same program, as under torchrun:
 #
-#     model = parallelize(PersimmonForCausalLM.from_pretrained(folder))
-#     if torch.distributed.get_rank() > 0:
-#         serve(model)                      # until follow(None)
-#     else:
-#         ...                               # generate(model, ...), as often as you like
-#         follow(None)
+#     model = parallelize(PersimmonForCausalLM.from_pretrained(folder)).to(device)
+#     model.generate(ids, temperature=0.8, seed=1)  # the same in each; so are ids and seed
 
-import weakref
 from datetime import timedelta
 
 import torch.distributed as dist
-
-
-def follow(order: Any) -> Any:
-    """Hands what process 0 calls this with to all processes; None ends `serve`."""
-    box = [order]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if box[0] is None:
-        dist.destroy_process_group()
-    return box[0]
 
 
 def summed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -2261,29 +2247,7 @@ class ParallelHead(nn.Sequential):
 
 
 class ParallelForCausalLM(PersimmonForCausalLM):
-    """To be called in process 0, while the others `serve`; without gradients."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *,
-                cache: KVCache | None = None, logits_to_keep: int = 0) -> HeadOutput:
-        """As in PersimmonForCausalLM. ValueError for a cache that was copied when it held some."""
-        if dist.get_rank() > 0:
-            logits_to_keep = self.logits_to_keep
-        else:  # what can fail is checked before the others begin
-            (B, T), S = input_ids.shape, input_ids.shape[1]
-            if cache is not None:
-                is_known = cache.length == 0 or id(cache) in self.caches
-                if not is_known or cache.keys.shape[2] != self.cache_config.num_attention_heads:
-                    raise ValueError("the other processes have no copy of this cache")
-                S = cache.positions(B, T)[1]
-                self.caches[id(cache)] = cache
-            if attention_mask is not None and attention_mask.shape != (B, S):
-                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not {B, S}")
-            inputs = [x if x is None else x.cpu() for x in (input_ids, attention_mask)]
-            place = cache and (id(cache), *cache.keys.shape[1:4:2], cache.length)
-            follow((*inputs, logits_to_keep, place, [*self.caches]))
-        with torch.no_grad():
-            return super().forward(input_ids, attention_mask, cache=cache,
-                                   logits_to_keep=logits_to_keep)
+    """What parallelize makes of a model."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Raises ValueError: a process has only its share of the weights."""
@@ -2291,9 +2255,9 @@ class ParallelForCausalLM(PersimmonForCausalLM):
 
 
 def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
-    """Cut the model down to this process's share, in place. While weights are mapped from a file,
-    on the CPU, nothing else of it stays in memory. ValueError if the sizes are no multiples of n,
-    which can leave the model cut in part. Once `follow(None)` was called, processes can't go on."""
+    """Cut the model down to this process's share, in place, to be used without gradients. While
+    weights are mapped from a file, on the CPU, nothing else of it stays in memory. ValueError if
+    the sizes are no multiples of n, which can leave the model cut in part."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=20))  # a chat may pause
@@ -2327,30 +2291,11 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
-    model.lm_head, model.caches = ParallelHead(model.lm_head), weakref.WeakValueDictionary()
+    model.lm_head = ParallelHead(model.lm_head)
     model.cache_config = replace(config, num_attention_heads=config.num_attention_heads // n,
                                  hidden_size=config.hidden_size // n)
     model.__class__ = ParallelForCausalLM
-    return model
+    return model.requires_grad_(False)  # the sum has no derivative
 
 
-def serve(model: ParallelForCausalLM) -> None:
-    """In every process but the first: take part in what it computes, until it ends with None."""
-    caches: dict[int, KVCache] = {}
-    while (order := follow(None)) is not None:
-        *inputs, model.logits_to_keep, place, live = order
-        ids, mask = [x if x is None else x.to(model.device) for x in inputs]
-        if place is None:
-            model(ids, mask)
-            continue
-        (key, B, N, length), engine = place, engine_for(model)
-        caches = {k: caches[k] for k in live if k in caches}
-        if length == 0:
-            caches[key] = engine.make_cache(B, N)
-        caches[key].crop(length)
-        run = engine.decode if 0 < length and ids.shape[1] == 1 else engine.prefill
-        with torch.no_grad():
-            run(ids, mask, caches[key])
-
-
-__all__ += ["parallelize", "serve", "follow"]
+__all__ += ["parallelize"]

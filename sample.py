@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument do not wait for it
     from persimmon import KVCache, PersimmonForCausalLM
@@ -63,9 +63,6 @@ OPTIONS = {  # heading: {names: (type or action; default; placeholder; help)}
         "--plain": ("store_true", False, "", "run the model as written, with no faster ways"),
         "--random": (str, None, "8b[:L]", "random weights of the 8B's shape, L layers: no text"),
         "--density": (float, 0.5, "P", "with --random, activations that are not zero [0.5]")}}
-GONE = {"--logprobs": "use --json", "--dense": "use --plain", "--group-size": "use convert.py",
-        **dict.fromkeys("--bench --n-prompt --n-depth --batch-size -r --repetitions".split(),
-                        "use python test_persimmon.py bench")}  # options of earlier versions
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,7 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             help_text += f"  {f'{left} {placeholder}':26}{about}\n"
     args, unknown = parser.parse_known_args(argv)
     for name in [word.split("=")[0] for word in unknown]:
-        raise ValueError(f"there is no option {name}: {GONE.get(name, 'see --help')}")
+        raise ValueError(f"there is no option {name}: "
+                         f"{'use --plain' if name == '--dense' else 'see --help'}")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
         raise ValueError("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.num_samples > 1 or args.random):
@@ -114,6 +112,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             value = value.get("prompt") if isinstance(value, dict) else value
             prompts[n] = value if isinstance(value, str) else line
     return prompts
+
+
+def shared(value: Any) -> Any:
+    """What process 0 calls this with, in all processes, which do the same under torchrun."""
+    box = [value]
+    if PROCESSES > 1:
+        import torch
+        torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
 
 
 def progress(args: argparse.Namespace, note: str = "") -> None:
@@ -217,7 +224,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
     limit = min(args.ctx_size or 2**28, model.config.max_position_embeddings)
     cache = engine_for(model).make_cache(1, limit)
     turns, read = [], []  # human, adept, human, ...; the ids that the cache holds
-    note = lambda text: print(f"({text})", file=sys.stderr, flush=True)  # noqa: E731
+    note = lambda text: RANK or print(f"({text})", file=sys.stderr, flush=True)  # noqa: E731
 
     def answer(line: str) -> None:
         """Let the model answer. Drops the oldest turns if the context has no room for that."""
@@ -242,9 +249,10 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
         note(CHAT_HELP)
     while True:
         try:
-            line = input("> " if is_terminal else "")
+            line = "" if RANK > 0 else input("> " if is_terminal else "")
             while line.endswith("\\"):
                 line = line[:-1] + "\n" + input("  " if is_terminal else "")
+            line = shared(line)
             word = (line.split() or [""])[0]
             if word == "/exit":
                 return 0
@@ -256,6 +264,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
             elif word:
                 answer(line.strip())
         except EOFError:
+            shared("/exit")
             print(end="\n" * is_terminal, file=sys.stderr)
             return 0
         except KeyboardInterrupt:
@@ -315,15 +324,13 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     model = (random_model(int(args.random[3:] or 36), args.density, **options) if args.random
              else PersimmonForCausalLM.from_pretrained(source, **options))
     if PROCESSES > 1:
-        from persimmon import follow, parallelize, serve
-        model, args.follow = parallelize(model).to(device), follow
+        from persimmon import parallelize
+        model = parallelize(model).to(device)
     model.fast, args.tokenizer = not args.plain, Tokenizer(source)
     args.tokenizer.add_bos &= not args.no_bos
     if args.threads or __name__ == "__main__" and sum(p.nbytes for p in model.parameters()) < 64e6:
         torch.set_num_threads(args.threads or 1)  # a second one costs a small model time
     progress(args)
-    if RANK > 0:
-        sys.exit(serve(model))
     return model
 
 
@@ -333,9 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         prompts = [] if args.chat or RANK > 0 else read_prompts(args)
         model = load(args)
+        prompts, args.seed = shared((prompts, args.seed))
         code = chat(model, args) if args.chat else complete(model, args, prompts)
         if PROCESSES > 1:
-            args.follow(None)
+            import torch
+            torch.distributed.destroy_process_group()
         return code
     except KeyboardInterrupt:
         return 130
@@ -364,6 +373,7 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
     if sys.stdout is None:
         sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
     # Large pages fill sooner; waiting threads soon leave others the cores; caches have a bound.
     os.environ.update({"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000", **dict.fromkeys(
         ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"), **os.environ})
