@@ -2572,21 +2572,18 @@ dist.destroy_process_group()  # without it, gloo's threads may abort while Pytho
 """
 
 
-@contextlib.contextmanager
-def processes(code: str, n: int, ranks: range, folder: Path):
-    """Processes that have to end well after the block; gives a list for the numbers that each prints. None stays."""
+def run_processes(code: str, n: int, folder: Path) -> list[list[float]]:
+    """The numbers that each of n processes prints, which have to end well."""
     options = {"stdout": subprocess.PIPE, "cwd": HERE,
                "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
-    running = [subprocess.Popen([sys.executable, "-c", code, str(n), str(i), folder], **options) for i in ranks]
+    running = [subprocess.Popen([sys.executable, "-c", code, str(n), str(i), folder], **options) for i in range(n)]
     try:
-        yield (numbers := [])
-        numbers += [[*map(float, process.communicate(timeout=120)[0].split())] for process in running]
+        printed = [process.communicate(timeout=120)[0].split() for process in running]
         assert not any(process.returncode for process in running)
     finally:
         for process in running:
-            process.kill(), process.communicate()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            process.kill()
+    return [[*map(float, numbers)] for numbers in printed]
 
 
 @pytest.mark.parametrize("n, kind", every(itertools.product((2, 4), (None, "int8", "int4")), [(2, None)]))
@@ -2594,24 +2591,26 @@ def test_several_processes(n, kind, tmp_path):
     """Each as one alone, for padded prompts too, with its tables."""
     model = randomize(PersimmonForCausalLM(replace(wide_model().config, vocab_size=512, intermediate_size=8192)))
     (quantize_model(model, kind) if kind else model).save_pretrained(tmp_path)
-    with processes(GENERATION, n, range(n), tmp_path) as found:
-        pass
-    assert len(found) == n and all(x == [0 if kind else 1, *[pytest.approx(0, abs=1e-5)] * 2] for x in found), found
+    expected = [0 if kind else 1, *[pytest.approx(0, abs=1e-5)] * 2]
+    assert run_processes(GENERATION, n, tmp_path) == [expected] * n
 
 
-@pytest.mark.parametrize("options, stdin", [("-", "ROMEO:\n"), ("--chat", "Who are you?\nSay \\\nit.\n/what\nNow.\n")])
+@pytest.mark.parametrize("options, stdin", [
+    ("- --json --temp 1", "ROMEO:\n"), ("--chat --temp 0 -q", "Who are you?\nSay \\\nit.\n/what\nNow.\n")])
 def test_sample_py_in_two_processes(options, stdin):
-    """As under torchrun: process 0 reads, and speaks for all."""
+    """As under torchrun: process 0 reads, chooses the seed, and speaks for all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "sample.py", "--dtype", "float32", *GREEDY, "20", options]
+    command = [sys.executable, "sample.py", "--dtype", "float32", "-n", "20", *options.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
-    alone = subprocess.run(command, input=stdin, **pipes)
     second = subprocess.Popen(command, stdin=subprocess.DEVNULL, **pipes, env={**os.environ, **shared, "RANK": "1"})
     first = subprocess.run(command, input=stdin, timeout=100, **pipes, env={**os.environ, **shared, "RANK": "0"})
-    assert (first.stdout, first.returncode, first.stderr) == (alone.stdout, 0, alone.stderr) and len(first.stdout) > 20
-    assert second.communicate() == ("", "") and second.returncode == 0
+    assert second.communicate() == ("", "") and second.returncode == first.returncode == 0
+    seed = json.loads(first.stdout)["seed"] if "--json" in options else 0
+    alone = subprocess.run([*command, "--seed", str(seed)], input=stdin, **pipes)
+    texts = [json.loads(run.stdout)["ids"] if "--json" in options else run.stdout for run in (first, alone)]
+    assert texts[0] == texts[1] and len(texts[0]) >= 20 and (seed > 0 or first.stderr == alone.stderr)
 
 
 def test_sizes_that_processes_cannot_share(monkeypatch):
@@ -2633,6 +2632,8 @@ def test_parallelize_forgets_packed_weights_and_sums_copies(monkeypatch):
     for layer in layers:
         layer.packed = torch.zeros(1)
     mlp = persimmon.parallelize(model).model.layers[0].mlp
+    with pytest.raises(ValueError, match="can't be saved any more after parallelize"):
+        model.save_pretrained("no")
     assert len(layers) == 5 and all(layer.packed is None for layer in layers)
     mlp.dense_4h_to_h.register_forward_hook(lambda m, x, y: kept.append((y, y.clone())))
     total = mlp(torch.randn(1, 1, 128))
@@ -2644,10 +2645,9 @@ def test_fine_tuning_in_two_processes(small, tmp_path):
     losses, logits = [], []
     for n, way in ((1, "plain"), (2, "plain"), (2, "checkpointed")):
         small.save_pretrained(folder := tmp_path / f"{way}{n}")
-        with processes(FINE_TUNING, n, range(n), folder) as found:
-            losses.append(found)
+        losses += run_processes(FINE_TUNING, n, folder)
         logits.append(PersimmonForCausalLM.from_pretrained(folder / "tuned")(random_ids(CONFIG)).logits)
-    alone, *others = sum(losses, [])
+    alone, *others = losses
     assert len(alone) == 6 and alone[5] < alone[0] - 0.01 and all(close(x, logits[0], 1e-3) for x in logits)
     assert len(others) == 4 and all(x == pytest.approx(alone, abs=1e-5) for x in others)
 
