@@ -362,7 +362,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs the model plainly, and drops Part III's engine
-        self.engine, self.cache_config = None, config  # Part III d: caches have fewer heads
+        self.engine, self.sample, self.cache_config = None, sample, config  # see Part III d
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -575,7 +575,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             if r != 1:
                 penalized = torch.where(logits > 0, logits / r, logits * r)  # (B, V)
                 penalized = torch.where(seen, penalized, logits)  # (B, V)
-            new = sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]  # (B, 1)
+            new = model.sample(penalized, generators, temperature, top_k, top_p, min_p)  # (B)
+            new = new[:, None]  # (B, 1)
             seen.scatter_(1, new, True)
             yield new[:, 0], logits.gather(1, new)[:, 0] - logits.logsumexp(-1)
 
@@ -2209,7 +2210,7 @@ ENGINES["cuda"] = CudaEngine
 # summed, and V/n rows of lm_head. All run the same program, as under torchrun:
 #
 #     model = parallelize(PersimmonForCausalLM.from_pretrained(folder)).to(device)
-#     model.generate(ids, temperature=0.8, seed=1)  # the same in each; so are ids and seed
+#     model.generate(ids, temperature=0.8)  # ids are the same in each, and so is the result
 
 from datetime import timedelta
 
@@ -2246,6 +2247,13 @@ class ParallelHead(nn.Sequential):
         return torch.cat(parts, dim=-1)
 
 
+def sample_together(*args: Any) -> Tensor:
+    """What process 0 samples: the others may have another seed, or round in another way."""
+    ids = sample(*args)  # (B)
+    dist.broadcast(ids, 0)
+    return ids
+
+
 class ParallelForCausalLM(PersimmonForCausalLM):
     """What parallelize makes of a model."""
 
@@ -2262,6 +2270,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=20))  # a chat may pause
     n, rank, config, linears = dist.get_world_size(), dist.get_rank(), model.config, []
+    if type(model) is not PersimmonForCausalLM:
+        raise ValueError(f"parallelize takes a PersimmonForCausalLM, not a {type(model).__name__}")
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % n != 0:
             raise ValueError(f"{name} = {getattr(config, name)} is no multiple of {n} processes")
@@ -2269,7 +2279,7 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     for block in model.model.layers:
         layer, mlp = block.self_attn, block.mlp
         if (type(layer), type(mlp)) != (Attention, MLP):
-            raise ValueError("parallelize knows Attention and MLP only, and not cut before")
+            raise ValueError("parallelize knows no subclasses of Attention and MLP")
         linears += [(layer.query_key_value, 0), (layer.dense, 1),  # 0 cuts outputs, 1 cuts inputs
                     (mlp.dense_h_to_4h, 0), (mlp.dense_4h_to_h, 1)]
         layer.num_heads //= n  # the rows of query_key_value are ordered by head
@@ -2291,7 +2301,7 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
-    model.lm_head = ParallelHead(model.lm_head)
+    model.lm_head, model.sample = ParallelHead(model.lm_head), sample_together
     model.cache_config = replace(config, num_attention_heads=config.num_attention_heads // n,
                                  hidden_size=config.hidden_size // n)
     model.__class__ = ParallelForCausalLM

@@ -308,7 +308,8 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     from persimmon import PersimmonForCausalLM, Tokenizer, check_options
     if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler if PROCESSES == 1 else
-                      lambda *_: os._exit(130))  # in the middle of a pass, others would wait
+                      # others would wait, in the middle of a pass; readline has turned echo off
+                      lambda *_: (os.system("stty sane 2>&-"), os._exit(130)))
     args.seed = int.from_bytes(os.urandom(4), "big") % 10**6 if args.seed is None else args.seed
     check_options(**args.sampling, seed=args.seed)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         prompts = [] if args.chat or RANK > 0 else read_prompts(args)
         model = load(args)
-        prompts, args.seed = shared((prompts, args.seed))
+        prompts = shared(prompts)
         code = chat(model, args) if args.chat else complete(model, args, prompts)
         if PROCESSES > 1:
             import torch
