@@ -2249,7 +2249,7 @@ class ParallelHead(nn.Sequential):
 
 def sample_together(*args: Any) -> Tensor:
     """What process 0 samples: the others may have another seed, or round in another way."""
-    ids = sample(*args)  # (B)
+    ids = sample(*args)
     dist.broadcast(ids, 0)
     return ids
 
