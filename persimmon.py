@@ -1119,15 +1119,15 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 
 # === Part III. Faster =============================================================================
 #
-# Engines enter themselves in ENGINES, quantizers in QUANTIZERS. An engine replaces the `forward` of
-# modules during its own passes, and only where `is_unmodified` agrees. What restates Part I is
-# compared with it before: on CUDA in the model's own blocks, on CPUs with random keys and values.
+# An engine replaces the `forward` of modules, but only during its own passes, and only if they are
+# unmodified. Code that repeats what Part I computes is first compared with it, so you can edit
+# Part I: on CUDA the model's own blocks are compared, on CPUs attention to random keys and values.
 
 from concurrent.futures import ThreadPoolExecutor
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is of this very class, in eval mode, without hooks or odd parameters."""
+    """Whether it is of this very class, in eval mode, with plain parameters and without hooks."""
     is_hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                  or module._backward_pre_hooks or "forward" in vars(module))
     is_plain = all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
@@ -1135,15 +1135,14 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 @contextmanager
-def replaced_forward(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Within it, each module runs the function given instead of its class's `forward`."""
-    new = dict(forwards)
+def replaced_forward(forwards: dict[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """A context in which each of these modules runs the given function as its `forward`."""
     try:
-        for module, forward in new.items():
+        for module, forward in forwards.items():
             vars(module)["forward"] = forward
         yield
     finally:
-        for module in new:
+        for module in forwards:
             vars(module).pop("forward", None)
 
 
@@ -1155,10 +1154,9 @@ def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
 
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """For x (..., F): the columns of its nonzeros, row after row; their values; where bags start,
-    (B, bags): each row is split into bags, for cores to take in parallel. None if x has more than
-    `rows` rows or limit*F nonzeros, off the CPU, with gradients enabled, and in torch.compile, for
-    which the count would be part of a shape."""
+    """The nonzeros of x (..., F) for embedding_bag: their columns, row by row; their values; and
+    where bags start, (B, bags), several in a row for all cores. None beyond `rows` rows or limit*F
+    nonzeros, off the CPU, with gradients, and in torch.compile (the count would be a shape)."""
     F, B = x.shape[-1], x.numel() // x.shape[-1]
     if B > rows or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -1173,17 +1171,16 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """What changes when a weight does. `_version` misses changes through .data: hence a sample."""
+    """For each weight, what changes when it does. `_version` misses changes by .data: so sample."""
     samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
                for w in weights]
-    values = torch.stack(samples).tolist() if samples else []  # at once: a GPU has to be waited for
+    values = torch.stack(samples).tolist() if samples else []  # in one, to wait for a GPU once
     return [(w.data_ptr(), w.stride(), None if w.is_inference() else w._version, sample)
             for w, sample in zip(weights, values)]
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that are free or only cache files; infinity where the system does not say. Of a GPU's,
-    half: the rest is for longer caches."""
+    """Free memory in bytes; of a GPU's half, so that KV caches can grow; infinity if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) / 2
@@ -1192,41 +1189,46 @@ def available_memory(device: torch.device) -> float:
     return math.inf
 
 
+class Table(NamedTuple):
+    """The weight of a down-projection, transposed."""
+    rows: Tensor  # (F, C)
+    weight: Tensor  # what it was made from
+    fingerprint: tuple[Any, ...]  # of the weight at that time
+
+
 class TableEngine(Engine):
-    """An engine that reads a down-projection only where its activations are not zero.
+    """An engine that reads only the columns of a down-projection whose activations are not zero.
+    For that it keeps the transposed weight in a table, whose rows are contiguous: 4.8 GB in all for
+    the 8B in 16 bit. Tables are made before the second token, if there is memory (on a GPU only for
+    a single text), and again after a weight has changed."""
 
-    For that, `tables` holds its weight transposed to (F, C), 4.8 GB in all for the 8B in 16 bit.
-    They are made before the second token, if the memory is there (on a GPU, for one text only), and
-    anew when a weight has changed.
-    """
-
-    large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, and F.linear is the fastest
+    large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, where F.linear is fastest
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         super().__init__(model)
         self.downs: list[nn.Linear] = []  # the down-projections that are worth a table
-        self.tables: dict[nn.Linear, Tensor] = {}
-        self.sources: dict[nn.Linear, tuple[Tensor, tuple]] = {}  # weight and its fingerprint then
+        self.tables: dict[nn.Linear, Table] = {}
 
     def is_large(self, module: nn.Module | None) -> bool:
-        """Whether it is a Linear with a matrix of `large` bytes or more."""
+        """Whether this is a Linear whose matrix has at least `large` bytes."""
         return (type(module) is nn.Linear and module.weight.nbytes >= self.large
                 and module.weight.is_contiguous())
 
     def find_downs(self, modules: Iterable[nn.Module]) -> None:
-        """Find the down-projections for which `prepare` makes tables."""
+        """Choose the down-projections for which `prepare` makes tables."""
         downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
         self.downs = [m for m in downs if self.is_large(m)]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
-        """Forget the tables of weights that have changed, or are none of these modules'."""
-        now, modules = fingerprints([source for source, _ in self.sources.values()]), {*modules}
-        for (linear, (source, was)), new in zip([*self.sources.items()], now):
-            if linear not in modules or linear.weight is not source or new != was:
-                self.tables.pop(linear, None), self.sources.pop(linear, None)  # threads may race
+        """Forget the tables of weights that have changed, or whose module is none of these."""
+        old, modules = [*self.tables.items()], {*modules}
+        for (linear, table), now in zip(old, fingerprints([table.weight for _, table in old])):
+            is_same = linear.weight is table.weight and now == table.fingerprint
+            if linear not in modules or not is_same:
+                self.tables.pop(linear, None)  # another thread may have done it
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Make the tables that are missing; progress is called with the fraction that is done."""
+        """Make the missing tables; progress is called with the fraction that is done."""
         new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
         if not new or sum(m.weight.nbytes for m in new) > available_memory(new[0].weight.device):
             self.downs = []  # nothing to do in this generation
@@ -1234,24 +1236,23 @@ class TableEngine(Engine):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             every = map if new[0].weight.is_cuda else pool.map
             tables = every(lambda m: m.weight.detach().t().contiguous(), new)
-            for done, (linear, table) in enumerate(zip(new, tables), start=1):
-                self.tables[linear] = table  # (F, C)
-                self.sources[linear] = linear.weight, *fingerprints([linear.weight])
+            for done, (linear, rows) in enumerate(zip(new, tables), start=1):
+                self.tables[linear] = Table(rows, linear.weight, *fingerprints([linear.weight]))
                 if progress is not None:
                     progress(done / len(new))
 
 
 # === Part III a. CPU ==============================================================================
 #
-# To decode a token, every weight is read once, so the best operator is the one that reads memory
-# fastest. These do it at full speed, for W x with a large W:
+# Each token reads every weight once, so the best operator is the one that reads memory fastest. For
+# W x with a large W, these read it at full speed:
 #
-#   AMX, bfloat16           mv, or mm for up to 32 rows, W first. F.linear reorders W: 0.8 of it
-#   AVX512-BF16 but no AMX  dot_products, for one row. F.linear: a half; W first: a third
+#   AMX, bfloat16           W @ x, for up to 32 rows. (F.linear, which reorders W: 0.8 of the speed)
+#   AVX512-BF16 but no AMX  dot_products, for one row. (F.linear: a half; W @ x: a third)
 #
-# dot_products is a derivative of embedding_bag, an operator made for recommenders: the sum of some
-# rows of a table, each times a factor. The sum itself serves where most inputs are zero, and for
-# attention in 16 bit where there is no AMX: SDPA reads a long cache at an eighth of the speed.
+# dot_products is a gradient of embedding_bag, which recommender systems use: it sums some rows of a
+# table, each times a factor. We also use the sum itself: where most inputs are zero, and without
+# AMX for attention in 16 bit, as SDPA reads a long cache at an eighth of the speed.
 
 
 def cpu_has(feature: str) -> bool:
@@ -1260,15 +1261,16 @@ def cpu_has(feature: str) -> bool:
 
 
 def dot_products(weight: Tensor, x: Tensor) -> Tensor:
-    """W x, (O), for weight (O, C) and x (C), as the gradient of embedding_bag by its factors."""
+    """W x, (O), for weight (O, C) and x (C). If all rows of W are in one bag, y = sum factor_o W_o,
+    and if x is the gradient of y, then that of factor_o is W_o x."""
     rows = torch.arange(len(weight), dtype=torch.int32, device=x.device)  # (O)
-    bags = torch.zeros_like(rows)  # (O), the bag of each row: all are in bag 0, whose gradient is x
+    bags = torch.zeros_like(rows)  # (O), the bag of each row
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return backward(x[None], weight, rows, bags[:1], bags, 0)  # bag 0 starts at 0; mode 0 is sum
 
 
 def cpu_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x), x (..., C) -> (..., O), for few rows by an operator faster than F.linear."""
+    """linear(x), x (..., C) -> (..., O); for few rows, by an operator faster than F.linear."""
     W, has_amx = linear.weight, cpu_has("amx_tile")
     rows = x.reshape(-1, linear.in_features)  # (rows, C)
     fits = x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled()
@@ -1283,10 +1285,9 @@ def cpu_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
-    """linear(x), x (..., F) -> (..., C), without reading the rows of table = W^T (F, C) that are
-    multiplied by zeros only; unless F.linear is as fast, with more rows or nonzeros."""
+    """linear(x), x (..., F) -> (..., C), reading only rows of table = W^T (F, C) with nonzero x."""
     bags = nonzero_bags(x, 16, 1.5) if x.dtype == table.dtype else None
-    if bags is None:
+    if bags is None:  # with more rows or nonzeros, this is as fast
         return cpu_linear(linear, x)
     column, value, start = bags
     y = nn.functional.embedding_bag(column, table, start.flatten(), mode="sum",
@@ -1296,8 +1297,8 @@ def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
 
 
 class TransposedKVCache(KVCache):
-    """A KVCache whose keys are stored transposed, (L, B, H, D, N), for attention by embedding_bag;
-    an N above `block` is rounded up to a multiple of it."""
+    """A KVCache with its keys in memory as (L, B, H, D, N), for attention by embedding_bag. An N
+    above `block` is rounded up to a multiple of it."""
 
     block = 256  # positions
 
@@ -1308,11 +1309,11 @@ class TransposedKVCache(KVCache):
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """As in KVCache; one new position by sums of rows, scores rounded to q's dtype. The output
-        is the sum over S of p times a value. The scores of P positions are the sum over D of an
-        element of q times P elements of the transposed keys."""
+        """As in KVCache, but for one new position (T = 1), by two embedding_bags: the scores of P
+        positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
+        q's dtype; the output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
-        has_one_mask = mask is None or mask.shape[1:] == (1, T, S)  # for all heads
+        has_one_mask = mask is None or mask.shape[1:] == (1, T, S)  # one for all heads
         if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D) or 1 < T == S:
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
@@ -1337,13 +1338,13 @@ class TransposedKVCache(KVCache):
 
 
 class CpuEngine(TableEngine):
-    """Products and attention by the operators that read memory fastest on this processor."""
+    """Matrix products and attention by the operators that read memory fastest on this CPU."""
 
     linears: Sequence[nn.Linear] = ()  # those with a large weight
-    proven: float = 0  # the longest cache that attention was compared in; infinity: it differed
+    proven: float = 0  # the longest cache in which attention was compared; infinity: it differed
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
-        """Keys are stored transposed in 16 bit, unless the cache is short or SDPA is faster."""
+        """A TransposedKVCache in 16 bit, unless the cache is short or SDPA is faster."""
         config, dtype = self.model.cache_config, self.model.dtype
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
         if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
@@ -1360,7 +1361,7 @@ class CpuEngine(TableEngine):
                          num_hidden_layers=1)
         random = torch.Generator().manual_seed(0)
         content = torch.randn(2, 1, 1, 2, N, D, generator=random).to(dtype)
-        new = torch.randn(3, 1, 2, 3, D, generator=random).to(dtype)
+        qkv = torch.randn(3, 1, 2, 3, D, generator=random).to(dtype)  # of three new positions
         two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
 
         def attend(kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
@@ -1371,22 +1372,23 @@ class CpuEngine(TableEngine):
             for layer in range(L):
                 for start, stop, mask in ((0, 2, two_at_once), (2, 3, None)):
                     cache.crop(N - 3 + start)
-                    q, k, v = new[:, :, :, start:stop].to(dtype)
+                    q, k, v = qkv[:, :, :, start:stop].to(dtype)
                     results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
-        with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # other shapes, names
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # Part I was edited
             exact, large = attend(KVCache, torch.float32, 1), attend(KVCache, torch.float32, 16)
-            # Large scores are compared in float32: they differ in 16 bit.
-            if (is_as_exact(attend(TransposedKVCache, dtype, 1), attend(KVCache, dtype, 1), exact)
-                    and is_as_exact(attend(TransposedKVCache, torch.float32, 16), large, large)):
+            # Large scores show a clamp, for example. In 16 bit they differ by rounding.
+            fast, plain = (attend(kind, dtype, 1) for kind in (TransposedKVCache, KVCache))
+            fast_large = attend(TransposedKVCache, torch.float32, 16)
+            if is_as_exact(fast, plain, exact) and is_as_exact(fast_large, large, large):
                 return True
-        warnings.warn("TransposedKVCache does not attend as this file's KVCache: it is not used, "
-                      "and a long cache is read more slowly")
+        warnings.warn("TransposedKVCache does not attend like this file's KVCache: it is not used, "
+                      "and long caches are read more slowly")
         return False
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine; first forgets the tables of weights that have changed."""
+        """As in Engine; first finds out what has changed."""
         modules = [*self.model.modules()]
         self.forget_tables(modules)
         self.find_downs(modules)
@@ -1399,13 +1401,12 @@ class CpuEngine(TableEngine):
         return self.next_logits(ids, mask, cache)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine, by the products above."""
+        """As in Engine, with the products above."""
         forwards = {m: partial(cpu_linear, m) for m in self.linears if is_unmodified(m, nn.Linear)}
         for linear, table in [*self.tables.items()]:
-            source, _ = self.sources.get(linear, (None, None))
-            if linear in forwards and source is linear.weight:
-                forwards[linear] = partial(sparse_linear, linear, table)
-        with replaced_forward(forwards.items()):
+            if linear in forwards and table.weight is linear.weight:
+                forwards[linear] = partial(sparse_linear, linear, table.rows)
+        with replaced_forward(forwards):
             return super().next_logits(ids, mask, cache)
 
 
@@ -1414,9 +1415,9 @@ ENGINES["cpu"] = CpuEngine
 
 # === Part III b. int8 and int4 ====================================================================
 #
-# Matrices in 8 or 4 bits: a fraction of the memory, and faster decoding, which is bound by reading
-# weights. Each Linear but a classifier's head is replaced. The embedding stays: a token reads only
-# one row. Stored, readable with numpy (O outputs, C inputs, groups of g = group_size inputs):
+# Matrices in 8 or 4 bits take a fraction of the memory, and decode faster, as most of the time goes
+# into reading weights. Every Linear is replaced but a classifier's head. The embedding stays: a
+# token reads only one row of it. Formats, for O outputs, C inputs and groups of g inputs:
 #
 #   int8  weight int8 (O, C), scale (O): W[o, c] = scale[o] * weight[o, c]
 #   int4  weight uint8 (O/64, C, 32), scale (C/g, O, 2), O rounded up to a multiple of 64. Byte
@@ -1429,40 +1430,43 @@ ENGINES["cpu"] = CpuEngine
 
 
 class QuantizedLinear(nn.Module):
-    """x W^T + b with W in few bits. Raises ValueError for weights that are not finite or don't fit.
-    A subclass has quantize_weight, which makes the tensors to store; dequantize, W^T for some of
-    the outputs; and small_batch_matmul, x W^T by a PyTorch kernel that reads the codes. It returns
-    None where there is none or it is slow: with dense W on x86, in all dtypes but bfloat16."""
+    """x W^T + b with W in few bits; ValueError for weights that are not finite or don't fit.
+
+    quantize_weight     the tensors to store for a weight; on meta only empty ones, which is fast
+    dequantize          W^T, or its codes, for outputs start ... stop: (C, stop - start)
+    small_batch_matmul  x W^T, (rows, C) -> (rows, O), by a PyTorch kernel that reads the codes;
+                        None without one, or if it is slow: with a dense W, but for bfloat16"""
 
     max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
-    axes: tuple[dict[str, int], ...]  # which axis of a tensor belongs to outputs, which to inputs
+    axes: tuple[dict[str, int], ...]  # of the stored tensors: of outputs, then of inputs
     packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
-    is_by_input = False  # whether a row of `weight` belongs to an input, and not to an output
+    is_by_input = False  # whether a row of `weight` is of one input, and not of one output
+    extra_repr = nn.Linear.extra_repr
 
     def __init__(self, linear: nn.Linear, group_size: int,
-                 progress: Callable[[float], None] = float) -> None:
+                 progress: Callable[[float], None] = lambda part: None) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
-        side, stored = int(self.is_by_input), []  # 64 outputs after the other, or 64 inputs
-        parts = [weight] if weight.is_meta else weight.split(64, side)
+        side, stored = int(self.is_by_input), []  # split over outputs, 0, or inputs, 1
+        parts = [weight] if weight.is_meta else weight.split(64, side)  # small float32 copies
         for part in parts:
             stored.append(self.quantize_weight(part))
             progress(len(stored) / len(parts))
         for name, tensors in zip(("weight", "scale"), zip(*stored)):
-            axis = self.axes[side][name]
+            axis = self.axes[side][name]  # on meta, torch.cat would import dynamo, for 2 s
             self.register_buffer(name, tensors[0] if weight.is_meta else torch.cat(tensors, axis))
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., O)"""
         rows, y = x.reshape(-1, self.in_features), None
-        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if len(rows) <= self.max_rows and not is_plain:
-            if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # for kernels
+        has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if has_kernel and len(rows) <= self.max_rows:
+            if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
             y = self.small_batch_matmul(rows)
         y = self.dequant_matmul(rows) if y is None else y
@@ -1470,17 +1474,13 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def dequant_matmul(self, x: Tensor) -> Tensor:
-        """x (rows, C) -> (rows, O), with W dequantized: in blocks; on CUDA at once, to be fused."""
+        """x (rows, C) -> (rows, O) with W dequantized, on a CPU block by block."""
         O, C = self.out_features, self.in_features
-        n = O if x.is_cuda else max(64, 2**21 // C // 64 * 64)  # outputs in a CPU's cache
-        starts = range(0, O, n)
-        return torch.cat([x @ self.dequantize(i, min(i + n, O), x.dtype) for i in starts], dim=-1)
+        n = O if x.is_cuda else max(64, 2**21 // C // 64 * 64)  # outputs that fit a CPU's cache
+        blocks = (self.dequantize(i, min(i + n, O), x.dtype) for i in range(0, O, n))
+        return torch.cat([x @ block for block in blocks], dim=-1)
 
-    def extra_repr(self) -> str:
-        groups = f", group_size={self.group_size}" if isinstance(self, Int4Linear) else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}{groups}"
-
-    def __getstate__(self) -> dict[str, Any]:  # for deepcopy and pickle
+    def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
         return {**self.__dict__, "packed": None}
 
     def _apply(self, *args: Any, **options: Any) -> QuantizedLinear:  # what .to(device) calls
@@ -1493,7 +1493,7 @@ class QuantizedLinear(nn.Module):
 
 
 def private_operator(name: str) -> Callable[..., Tensor] | None:
-    """One of PyTorch's, like "aten._weight_int8pack_mm"; None, with a warning, where it is gone."""
+    """A private operator like "aten._weight_int8pack_mm"; None, with a warning, if it is gone."""
     namespace, _, operator = name.partition(".")
     found = getattr(getattr(torch.ops, namespace), operator, None)
     if found is None:
@@ -1512,37 +1512,35 @@ class Int8Linear(QuantizedLinear):
         if weight.is_meta:
             return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
         low, high = weight.aminmax(dim=1)
-        scale = torch.maximum(-low, high) / 127  # rounded to the weight's dtype: codes need a clamp
+        scale = torch.maximum(-low, high) / 127  # rounded to the weight's dtype: codes need clamp
         scale = torch.where(scale > 0, scale, 1)  # for a row of zeros
         codes = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
         return codes.to(torch.int8), scale
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """W^T of the outputs from start to stop, (C, stop - start)."""
-        return self.weight[start:stop].to(dtype).t()  # without the scale
+        return self.weight[start:stop].to(dtype).t()  # codes: dequant_matmul scales their sums
 
-    def dequant_matmul(self, x: Tensor) -> Tensor:  # sums of up to 127 x overflow in float16
+    def dequant_matmul(self, x: Tensor) -> Tensor:  # sums of 127 x would overflow float16
         return super().dequant_matmul(x / 128) * (self.scale.to(x.dtype) * 128)
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
-        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
         operator = private_operator("aten._weight_int8pack_mm")
         if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
             return None
-        # It crashes unless 16 divides the address, which a file by another program can't promise.
+        # It crashes unless 16 divides the address; in a file by another program it may not.
         if self.packed is None:
             self.packed = self.weight.clone() if self.weight.data_ptr() % 16 else self.weight
         return operator(x, self.packed, self.scale.to(x.dtype))
 
 
 class Int4Linear(QuantizedLinear):
-    """4 bits, a scale and an offset for each group of inputs and each output."""
+    """4 bits, a scale and an offset per output and group of inputs."""
 
     axes = {"weight": 0, "scale": 1}, {"weight": 1, "scale": 0}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight (O, C) -> weight uint8 (O/64, C, 32) and scale (C/g, O, 2), the best of six:
-        a group's full range, 0.9 of it, and after each, two least-squares fits of a line."""
+        """weight (O, C) -> weight uint8 (O/64, C, 32) and scale (C/g, O, 2). Each group gets the
+        best of six lines: its full range, 0.9 of it, and for both two least-squares fits."""
         (O, C), g, dtype = weight.shape, self.group_size, weight.dtype
         if C % g != 0:
             raise ValueError(f"a matrix of {C} inputs can't be quantized in groups of {g}")
@@ -1554,8 +1552,8 @@ class Int4Linear(QuantizedLinear):
         for part in (1.0, 0.9):
             scale, offset = (high - low) * part / 15, low * part
             for _ in range(3):
-                # What is stored is rounded, and its offset is the weight of code 8. Equal weights
-                # have scale 0. Equal codes have no slope: their NaN is never the best.
+                # Round as stored: `offset` is the weight of code 0, and that of code 8 is stored.
+                # Equal weights have scale 0. A fit to equal codes is NaN, which is never the best.
                 scale = scale.to(dtype).float()
                 offset = (offset + 8 * scale).to(dtype).float() - 8 * scale
                 codes = ((w - offset) / torch.where(scale > 0, scale, 1)).round_().clamp_(0, 15)
@@ -1573,20 +1571,18 @@ class Int4Linear(QuantizedLinear):
         return (low | high << 4).mT, scale.transpose(0, 1)
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """code - 8, from -8 to 7, of outputs start ... stop as int8 (C, stop - start)"""
-        pairs = self.weight[start // 64 : -(-stop // 64)] ^ 0x88  # code - 8 as 4 bits with a sign
+        """code - 8, from -8 to 7, of outputs start ... stop as int8 (C, stop - start)."""
+        pairs = self.weight[start // 64 : -(-stop // 64)] ^ 0x88  # code - 8 as signed 4 bits
         pairs = pairs.view(torch.int8).transpose(0, 1)  # (C, blocks, 32)
         upper = torch.stack((pairs << 4, pairs), dim=2)  # a code in the upper half of each byte
         return upper.bitwise_right_shift_(4).flatten(1)[:, : stop - start]  # keeps the sign
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """W^T of the outputs from start to stop, (C, stop - start)."""
         scale, offset = self.scale[:, start:stop].to(dtype).permute(2, 0, 1).contiguous()
         groups = self.codes(start, stop).to(dtype).unflatten(0, (-1, self.group_size))
         return torch.addcmul(offset[:, None], groups, scale[:, None], out=groups).flatten(0, 1)
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
-        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
         is_ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         suffix = "_for_cpu" if x.is_cpu else ""
         operator = private_operator(f"aten._weight_int4pack_mm{suffix}")
@@ -1603,8 +1599,9 @@ class Int4Linear(QuantizedLinear):
         O, C = 64 * len(self.weight), self.in_features
         if is_cuda:  # from bytes (O, C/2), even inputs in the high half
             codes = self.codes(0, O).add(8).view(torch.uint8).t()
-            tiles = next(n for n in (8, 4, 2) if C % (16 * n) == 0)  # of 16 inputs, in a load
+            tiles = next(n for n in (8, 4, 2) if C % (16 * n) == 0)  # of 16 inputs, read at once
             return operator((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), tiles)
+        # Does this CPU's kernel read the order that is stored? Ask with codes that are all mixed.
         probe = torch.arange(128 * 64, dtype=torch.int32, device="cpu").view(128, 64) * 7 % 16
         halves = probe.to(torch.uint8).view(2, 2, 32, 64)
         if torch.equal(operator(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT):
@@ -1613,7 +1610,7 @@ class Int4Linear(QuantizedLinear):
 
 
 class Int8SparseLinear(QuantizedLinear):
-    """8 bits, a scale and an offset per input. The rows of inputs that are zero are not read."""
+    """8 bits, a scale and an offset per input. Rows of inputs that are zero are not read."""
 
     is_by_input = True
     axes = {}, {"weight": 0}
@@ -1630,7 +1627,6 @@ class Int8SparseLinear(QuantizedLinear):
         return (torch.cat((codes.to(torch.uint8), tail), dim=1),)
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """W^T of the outputs from start to stop, (C, stop - start)."""
         return (self.weight[:, start:stop] ^ 128).view(torch.int8).to(dtype)  # code - 128
 
     def dequant_matmul(self, x: Tensor) -> Tensor:  # W = scale * (code - 128) + middle
@@ -1640,8 +1636,7 @@ class Int8SparseLinear(QuantizedLinear):
         return super().dequant_matmul(x * scale.to(x.dtype)) + (x @ middle)[..., None]
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
-        """x (rows, C) -> (rows, O) by PyTorch's kernel, or None."""
-        bags = nonzero_bags(x, self.max_rows, 6)  # beyond, dequant_matmul is faster
+        bags = nonzero_bags(x, self.max_rows, 6)  # with more, dequant_matmul is faster
         operator = private_operator("quantized.embedding_bag_byte_rowwise_offsets")
         if bags is None or operator is None:
             return None
@@ -1652,8 +1647,8 @@ class Int8SparseLinear(QuantizedLinear):
 
 def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int = 128,
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
-    """Replace each Linear but a classifier's head, one by one, in int8 or int4; returns the model.
-    A ValueError for weights that can't be quantized leaves it quantized in part, and of no use."""
+    """Quantize a model in place, in int8 or int4: each Linear, one by one, but a classifier's head.
+    Returns the model. If a weight can't be quantized, ValueError: it is a mix then, discard it."""
     quantization, old = {"quantize": kind, "group_size": group_size}, model.config.quantization
     if old not in (None, quantization):
         raise ValueError(f"the model is quantized already, in {old['quantize']}")
@@ -1664,12 +1659,13 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     linears = [(path, parent, child, m.weight.nbytes) for path, parent in model.named_modules()
                for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
     done, total = 0, sum(size for *_, size in linears)
+    progress = progress or (lambda fraction: None)
     for path, parent, child, size in linears:
-        count = (lambda part: progress((done + part * size) / total)) if progress else float
         is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
         try:
-            setattr(parent, child, cls(getattr(parent, child), group_size, count))
+            setattr(parent, child, cls(getattr(parent, child), group_size,
+                                       lambda part: progress((done + part * size) / total)))
         except ValueError as error:
             raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
         done += size
@@ -1687,11 +1683,13 @@ QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *opti
 
 # === Part III c. CUDA =============================================================================
 #
-# A GPU reads the weights of a layer in a tenth of a millisecond, less than Python takes to launch
-# what there is to do. So a step is captured as a CUDA graph and replayed, with three Triton kernels
-# in it: all from the QKV projection to the output of attention; a matrix times a few rows, with the
-# norm before and the activation or the residual after; and for one row the down-projection, without
-# what zeros multiply. (By torch.compile for the last two, a token took 15% longer on an H200.)
+# A GPU reads the weights of a layer in a tenth of a millisecond, and Python takes longer to launch
+# its kernels. So a step is captured as a CUDA graph and replayed, with three kernels in Triton. (By
+# torch.compile for the last two, a token took 15% longer on an H200.)
+#
+#   attention_kernel  all that lies between the QKV projection and the output projection
+#   linear_kernel     a matrix times a few rows, the norm before it, activation or residual after it
+#   sparse_kernel     the down-projection of one row, for which it skips inputs that are zero
 
 import copy
 from functools import lru_cache
@@ -1702,9 +1700,9 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
     """attention_kernel, linear_kernel, sparse_kernel, summing in float32; None without Triton 3.4+.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
-    1805.02867; FlashAttention, Dao et al., 2205.14135). A program takes one query q past its split
-    of the keys k and values v (P, D), block by block. The largest score so far is m_i; the sum of
-    weights l_i and the weighted values acc (D) are kept as if m_i was taken off all scores:
+    1805.02867; FlashAttention, Dao et al., 2205.14135). A program has one query q and one split of
+    the keys and values, which it reads in blocks k and v (P, D). m_i is the largest score so far;
+    l_i, the sum of weights, and acc (D), that of weighted values, are relative to it:
 
         s    = q k^T / sqrt(D)                     (P), -inf where the query must not look
         m_i' = max(m_i, max(s))
@@ -1712,8 +1710,8 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
         l_i' = l_i exp(m_i - m_i') + sum(p)
         acc' = acc exp(m_i - m_i') + p v
 
-    A split's result is acc / l_i, and its weight among the splits softmax(m_i + log l_i). Whichever
-    program of a head finishes last combines them. All have 16 equal rows, for tl.dot."""
+    A split's result is acc / l_i, and its weight among the splits softmax(m_i + log l_i). The last
+    program of a head to finish combines them. tl.dot needs 16 rows, so q has 16 equal ones."""
     try:
         import triton
         import triton.language as tl
@@ -1742,15 +1740,15 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                          rope_stride, mask, mask_stride, keys, values, position, out, split_out,
                          split_lse, arrived, T, N, H: tl.constexpr, D: tl.constexpr,
                          R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr):
-        """Program (b*H + h, t, split), for head h of row b at its t-th new position, stores k and v
-        in the cache, and in out (B, T, H, D) the result of attention. That is for T = 1: with
-        SPLITS = 0, for any T, out is q. Strides are those of the batch. The splits tell each other
-        split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i + log2 l_i; and arrived
-        (B*H), how many have finished."""
+        """Program (b*H + h, t, split) serves head h of row b at its t-th new position: it stores k
+        and v in the cache, and attention's result in out (B, T, H, D). That is for T = 1; for any T
+        with SPLITS = 0, out is q after norm and RoPE. Strides lead from row to row of the batch. A
+        head's splits share split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i +
+        log2 l_i; and arrived (B*H), how many have finished."""
         head, t, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         b, h = (head // H).to(tl.int64), head % H
-        length = tl.load(position).to(tl.int32) + t  # of what is cached
-        used = tl.maximum(tl.minimum(tl.cdiv(length, 128), SPLITS), 1)  # 128 keys a split or more
+        length = tl.load(position).to(tl.int32) + t  # positions before this one
+        used = tl.maximum(tl.minimum(tl.cdiv(length, 128), SPLITS), 1)  # splits of 128 keys or more
         if split < used:
             d = tl.arange(0, D)
             dtype = qkv.dtype.element_ty
@@ -1767,8 +1765,8 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
             if SPLITS == 0:
                 tl.store(out + d, q)
             else:
-                # Scores count in units of log 2, and 2**x stands for exp(x). The first split begins
-                # with the new position, from registers: no program waits for another one's store.
+                # Scores are in units of log 2, for 2**x in place of exp(x). The first split begins
+                # with the new position, from registers: no program waits for another's store.
                 scale, is_first = 1.4426950408889634 / D**0.5, split == 0
                 own = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 0) * scale
                 zero = tl.zeros((16,), tl.float32)
@@ -1789,7 +1787,7 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                     s = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (16, P)
                     s = tl.where(is_seen[None, :], s, -float("inf"))
                     m_new = tl.maximum(m_i, tl.max(s, 1))
-                    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # else -inf - -inf is NaN
+                    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf - -inf is NaN
                     p, decay = tl.exp2(s - base[:, None]), tl.exp2(m_i - base)
                     l_i = l_i * decay + tl.sum(p, 1)
                     acc = acc * decay[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
@@ -1802,10 +1800,10 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                     i = tl.arange(0, SPLITS)
                     tl.store(split_out + (head * SPLITS + split) * D + d, y)
                     tl.store(split_lse + head * SPLITS + split, m_max + tl.log2(l_max))
-                    tl.debug_barrier()  # all threads have written before one of them says so
+                    tl.debug_barrier()  # all threads have stored before one of them counts
                     if tl.atomic_add(arrived + head, 1, sem="acq_rel") == used - 1:
                         tl.store(arrived + head, 0)  # for the next launch
-                        # .cg reads past this SM's own cache, which may be older than the memory
+                        # .cg goes past this SM's own cache, which may hold older values
                         lse = tl.load(split_lse + head * SPLITS + i, mask=i < used,
                                       other=-float("inf"), cache_modifier=".cg")
                         p = tl.exp2(lse - tl.max(lse, 0))
@@ -1819,10 +1817,10 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
     def linear_kernel(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, y, B, O,
                       C: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
                       SQUARE: tl.constexpr):
-        """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for B <= 16 rows x (B, C), for one
-        row if there is a norm; f = relu(.)**2 if SQUARE. None is left out, and W may be int8. A
-        program takes COLUMNS outputs, and K inputs at a time. Loads are software-pipelined: a block
-        of W is requested two blocks before it is used."""
+        """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for x (B, C), B <= 16, with a norm 1;
+        f = relu(.)**2 if SQUARE. What is None is left out. W may be int8. A program makes COLUMNS
+        outputs, from K inputs at a time. Loads are pipelined: a block of W is requested two blocks
+        before it is used."""
         o, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, 16)[:, None]
         c = tl.arange(0, K)
         dtype = x.dtype.element_ty
@@ -1858,17 +1856,17 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                       STRIDE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
                       K: tl.constexpr, SPLITS: tl.constexpr):
         """y (O) = W x + b + residual, with W stored by input, (F, STRIDE), F = INPUTS*SPLITS. Rows
-        of inputs that are zero are not read. Program (block, split) takes COLUMNS outputs and
-        INPUTS inputs: it lists those that are not zero in nonzero (F), where all blocks write the
-        same, and takes K of them at a time. With scale, a row is codes; scale and scale + 1 point
-        to its float32 scale and offset."""
+        of inputs that are zero are not read. Program (block, split) makes COLUMNS outputs from
+        INPUTS inputs. It lists those that are not zero in nonzero (F), where all blocks write the
+        same, and reads the rows of K of them at a time. With scale, a row holds codes, and scale
+        and scale + 1 point to the first row's float32 scale and offset."""
         block, split = tl.program_id(0), tl.program_id(1)
         o, f = block * COLUMNS + tl.arange(0, COLUMNS), split * INPUTS + tl.arange(0, INPUTS)
         is_nonzero = tl.load(x + f) != 0
         rank = tl.cumsum(is_nonzero.to(tl.int32), 0)
         nonzero += split * INPUTS
         tl.store(nonzero + rank - 1, f, mask=is_nonzero)
-        tl.debug_barrier()  # all threads have written before one of them reads
+        tl.debug_barrier()  # all threads have stored before one of them loads
         count, sums, offset = tl.max(rank, 0), tl.zeros((K, COLUMNS), tl.float32), 0.0
         for first in range(0, count, K):
             is_in = first + tl.arange(0, K) < count
@@ -1895,32 +1893,32 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
 
 
 class StaticCache(KVCache):
-    """A KVCache whose position is on the GPU too, so that a pass over it can be captured: while
-    `is_captured`, positions come from there, S is N, and `length` stays."""
+    """A KVCache that has its length on the GPU too, as `position`, so that a pass can be captured:
+    while `is_capturing`, positions come from there, S is N, and `length` stays."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         heads, device = self.keys.shape[1] * self.keys.shape[2], self.keys.device
         self.position = torch.zeros((), dtype=torch.long, device=device)
-        self.is_captured, self.graph, self.graph_key = False, None, None
-        # Measured: four programs an SM are enough; combining more than 8 splits costs too much.
+        self.is_capturing, self.graph, self.graph_key = False, None, None
+        # Measured: four programs per SM are enough; combining more than 8 splits costs too much.
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * heads <= 4 * sms)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: a graph reads and writes the memory with which it was captured."""
+        """For copies: they have other memory than the graph reads and writes."""
         return {**self.__dict__, "graph": None, "graph_key": None}
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """As in KVCache; of a pass that is captured, those of its replay."""
-        if not self.is_captured:
+        """As in KVCache; in a capture, what each replay will find in `position`."""
+        if not self.is_capturing:
             return super().positions(B, T)
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
 
     def crop(self, length: int) -> None:
-        """As in KVCache; after a pass that is captured, whoever replays it does it."""
-        if not self.is_captured:
+        """As in KVCache; nothing in a capture: who replays it calls this."""
+        if not self.is_capturing:
             super().crop(length)
             self.position.fill_(length)
 
@@ -1928,8 +1926,8 @@ class StaticCache(KVCache):
 def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                  cache: StaticCache) -> Tensor:
     """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C). For T = 1
-    it is one kernel. For more, the kernel does what comes before attention, and SDPA attends, which
-    is faster then. Raises ValueError for shapes that the kernel would misread."""
+    this is one kernel. For T > 1, the kernel only does norms, RoPE and the cache, and SDPA attends,
+    as it is faster. Raises ValueError for shapes that the kernel would misread."""
     (B, T, _), (_, rows, H, N, D), (cos, sin) = qkv.shape, cache.keys.shape, rope
     keys, values, S = cache.keys[layer.layer], cache.values[layer.layer], cache.length + T
     norms = [layer.q_layernorm, layer.k_layernorm]
@@ -1939,7 +1937,7 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
             and all(p is None or p.shape == (D,) for p in weights)):
         raise ValueError("shapes or dtypes are not those of the kernel")
-    splits, width = (cache.splits if T == 1 else 0), (N if cache.is_captured else S)
+    splits, width = (cache.splits if T == 1 else 0), (N if cache.is_capturing else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
     out = qkv.new_empty(B, T, H, D)
     split_out = qkv.new_empty(B * H, splits, D, dtype=torch.float32)
@@ -1950,7 +1948,7 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
             cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, width,
             keys, values, cache.position, out, split_out, split_lse, cache.arrived, T, N, H, D,
             2 * cos.shape[3], max(16, min(32, 4096 // (D * qkv.itemsize))), splits, num_warps=1,
-            enable_fp_fusion=True)  # the default, of which Triton 3.9 warns that it will change
+            enable_fp_fusion=True)  # the default; Triton 3.9 warns that it will change
     if T > 1:
         q, k, v = out.transpose(1, 2), keys[:, :, :S], values[:, :, :S]  # (B, H, T or S, D)
         out = attention(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
@@ -1968,14 +1966,14 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     (B, T, C), O = x.shape, linear.out_features
     if norm is not None and (B > 1 or C & -C < C):
         x, norm = norm(x), None
-    # Sizes and warps: the fastest of many on an H200, within the 64 KiB that small GPUs have.
+    # Sizes and warps: the fastest of many on an H200 in the 64 KiB that an SM of small GPUs has.
     columns, size, num_warps = 16, 1024, 2
     if O >= 8192:
         columns, size, num_warps = (32, 512, 2) if linear.weight.itemsize > 1 else (64, 512, 4)
     columns, inputs = min(columns, O & -O), min(size // x.itemsize, C & -C)
     fits = B <= 16 and T == 1 and linear.weight.shape == (O, C) and min(columns, inputs) >= 16
     if not (fits and all(t is None or t.is_contiguous() for t in (linear.weight, x, residual))):
-        # By PyTorch: int4, the down-projection in 8 bits, rare sizes.
+        # By PyTorch: int4, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
@@ -1990,8 +1988,8 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
 
 def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: Tensor,
                         arrived: Tensor) -> Tensor:
-    """linear(x) + residual, (1, 1, O), for one row x (1, 1, F), with table = W^T (F, O), or rows of
-    codes as an Int8SparseLinear has them. As fast as fused_linear if a third of x is zero."""
+    """linear(x) + residual, (1, 1, O), for one row x (1, 1, F). table is W^T (F, O), or the codes
+    of an Int8SparseLinear. If a third of x is zero, this is as fast as fused_linear."""
     (F, stride), O = table.shape, linear.out_features
     columns, inputs = min(512, O & -O), min(512, F & -F)  # the fastest of some on an H200
     is_quantized = table.dtype == torch.uint8
@@ -2009,21 +2007,22 @@ def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: T
     return y
 
 
-def fused_block(block: Block, tables: dict[nn.Linear, Tensor], x: Tensor,
+def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
                 rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: StaticCache) -> Tensor:
-    """Block.forward for a token of each text, x (B, 1, C), B <= 16; for one, in five kernels."""
+    """Block.forward for a token of each text, x (B, 1, C), B <= 16. For B = 1, five kernels."""
     layer, mlp, down = block.self_attn, block.mlp, block.mlp.dense_4h_to_h
     qkv = fused_linear(layer.query_key_value, x, norm=block.input_layernorm)
     x = fused_linear(layer.dense, fused_attend(layer, qkv, rope, mask, cache), residual=x)
     h = fused_linear(mlp.dense_h_to_4h, x, norm=block.post_attention_layernorm, square=True)
-    table = down.weight if getattr(down, "is_by_input", False) else tables.get(down)
-    if table is None or len(x) > 1:
+    table = tables.get(down)
+    rows = table.rows if table else down.weight if getattr(down, "is_by_input", False) else None
+    if rows is None or len(x) > 1:
         return fused_linear(down, h, residual=x)
-    return fused_sparse_linear(down, table, h, x, cache.arrived)
+    return fused_sparse_linear(down, rows, h, x, cache.arrived)
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """What changes with a module, a hook, or the place of a parameter or buffer."""
+    """What changes if a module, a hook, or the address of a parameter or buffer does."""
     return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
              *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
              *[(type(p), p is None or p.data_ptr())
@@ -2031,52 +2030,50 @@ def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
 
 
 class CudaEngine(TableEngine):
-    """Kernels for what they are proven to restate, and decoding as a replayed CUDA graph.
-    There are two ways to run a block: "block", by fused_block, for one token of each of up to 16
-    texts, and "attention", with fused_attention in it, for all else. Both are compared with the
-    plain block before they are used, and again when a module has changed."""
+    """The kernels above, and decoding by replaying a CUDA graph. A block runs in one of two ways:
+    "block", by fused_block, for one token of each of up to 16 texts; else "attention", with only
+    fused_attention. Both are compared with the plain block first, and after a module changes."""
 
-    stream: torch.cuda.Stream | None = None  # one, as libraries keep memory for each
+    stream: torch.cuda.Stream | None = None  # only one, as libraries keep memory for each
     modules: Sequence[nn.Module] = ()
-    state: list[Any] | None = None  # their snapshot, with which what follows is set
+    state: list[Any] | None = None  # their snapshot; the fields below belong to it
     is_unhooked: bool
-    forwards: dict[str, list[tuple[nn.Module, Callable]]]  # by way
-    # By way, T > 1, B > 1, has mask, number of tables: the longest cache; infinity: it differed.
+    forwards: dict[str, dict[nn.Module, Callable]]  # by way
+    # (way, T > 1, B > 1, has mask, number of tables) -> longest cache tried; infinity: it differed
     proven: dict[tuple[str, bool, bool, bool, int], float]
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
-        """A StaticCache, where there is Triton. If memory is short, the tables make room for it."""
-        kind, model = KVCache if triton_kernels() is None else StaticCache, self.model
-        make = partial(kind, model.cache_config, B, N, model.dtype, model.device)
+        """A StaticCache, if there is Triton. If memory is short, the tables make room for it."""
+        kind = KVCache if triton_kernels() is None else StaticCache
+        make = partial(kind, self.model.cache_config, B, N, self.model.dtype, self.model.device)
         try:
             return make()
         except torch.OutOfMemoryError:
-            self.tables.clear(), self.sources.clear()
+            self.tables.clear()
             return make()
 
-    def find_forwards(self, way: str) -> list[tuple[nn.Module, Callable]]:
-        """What stands in for the forward of each block, or of its attention; [] if not all can."""
+    def find_forwards(self, way: str) -> dict[nn.Module, Callable]:
+        """The fast forward of each block, or of its attention; {} if some module has none."""
         head, blocks = self.model.lm_head, [m for m in self.model.modules() if isinstance(m, Block)]
         kinds = {Attention, nn.LayerNorm, nn.Identity}
         if way == "block":
             modules = [m for block in blocks for m in block.modules()]
             kinds |= {Block, MLP, nn.Linear, nn.Dropout}
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
-            found = [(block, partial(fused_block, block, self.tables)) for block in blocks]
+            found = {block: partial(fused_block, block, self.tables) for block in blocks}
             if type(head) in kinds and is_unmodified(head, type(head)):
-                found.append((head, partial(fused_linear, head)))
+                found[head] = partial(fused_linear, head)
         else:
             layers = [block.self_attn for block in blocks]
             modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
-            found = [(layer, partial(fused_attention, layer)) for layer in layers]
+            found = {layer: partial(fused_attention, layer) for layer in layers}
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
-        return found if is_known else []
+        return found if is_known else {}
 
-    def proven_forwards(self, T: int, mask: Tensor | None,
-                        cache: KVCache) -> list[tuple[nn.Module, Callable]]:
-        """The forwards for a pass over T positions; [] for a plain pass."""
+    def proven_forwards(self, T: int, mask: Tensor | None, cache: KVCache) -> dict:
+        """The fast forwards for a pass over T positions; {} for a plain pass."""
         if not isinstance(cache, StaticCache):
-            return []
+            return {}
         if snapshot(self.modules) != self.state:
             self.modules = list(self.model.modules())
             self.state, self.proven = snapshot(self.modules), {}
@@ -2085,29 +2082,30 @@ class CudaEngine(TableEngine):
             self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
         B, N = cache.keys.shape[1], cache.keys.shape[3]
         for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
-            found = self.forwards[way]
+            if not (found := self.forwards[way]):
+                continue
             tables = len(self.tables) if way == "block" and B == 1 else 0
             key = way, T > 1, B > 1, mask is not None, tables
-            if found and self.proven.get(key, 0) < N:
+            if self.proven.get(key, 0) < N:
                 is_proven = self.is_proven(found, cache, min(T, 17, N), mask is not None)
                 self.proven[key] = N if is_proven else math.inf
-            if found and self.proven[key] < math.inf:
+            if self.proven[key] < math.inf:
                 return found
-            if found and way == "block":  # not before a module changes: there is no use for tables
-                self.forwards[way], self.downs = [], []
-                self.tables.clear(), self.sources.clear()
-        return []
+            if way == "block":  # until a module changes, tables are of no use
+                self.forwards[way], self.downs = {}, []
+                self.tables.clear()
+        return {}
 
-    def is_proven(self, forwards: list[tuple], cache: StaticCache, T: int, has_mask: bool) -> bool:
-        """Whether each block adds to x what it adds plainly, where T positions fill the cache."""
+    def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
+        """Whether each block adds to x what it adds plainly, at the last T positions of a cache."""
         config, (L, B, _, N, _) = self.model.cache_config, cache.keys.shape
-        B, device, dtype, new = min(B, 2), cache.keys.device, cache.keys.dtype, dict(forwards)
+        B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
         caches = [kind(replace(config, num_hidden_layers=1), B, N, dtype, device) for kind, dtype in
                   ((StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
         for name in ("keys", "values"):
             content = getattr(caches[0], name).normal_(generator=random).clone()
-            for one in caches:  # every layer has the memory of the same one
+            for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
                 one.crop(N - T)
         x = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
@@ -2118,13 +2116,13 @@ class CudaEngine(TableEngine):
         rope, exact_rope = (rope_tables(input_pos[None], config, t) for t in (dtype, torch.float32))
         try:
             for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
-                with replaced_forward((m, new[m]) for m in block.modules() if m in new):
+                with replaced_forward({m: forwards[m] for m in block.modules() if m in forwards}):
                     fast = block(x, rope, mask, caches[0]) - x
                 plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
                 exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
                 if not is_as_exact(fast, plain, exact):
-                    raise ValueError(f"block {n} is no longer what they compute")
-        except Exception as error:  # also shapes of another model; no C compiler for Triton
+                    raise ValueError(f"block {n} computes something else")
+        except Exception as error:  # also: an edited block has other shapes, Triton no C compiler
             warnings.warn(f"persimmon.py's CUDA kernels are not used: {error}")
             return False
         return True
@@ -2139,7 +2137,7 @@ class CudaEngine(TableEngine):
             return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine, by a replay; the next one overwrites the logits."""
+        """As in Engine, by replaying a graph; the next replay overwrites the logits."""
         self.prepare()
         forwards = self.proven_forwards(1, mask, cache)
         if not (forwards and self.is_unhooked):  # hooks have to run in each pass
@@ -2156,13 +2154,13 @@ class CudaEngine(TableEngine):
 
     def graph_key(self) -> list[Any]:
         """What a captured graph depends on."""
-        private = [*self.tables.values(), *(m.__dict__.get("packed") for m in self.modules)]
-        return [self.state, *(x.data_ptr() for x in private if x is not None)]
+        own = [t.rows for t in self.tables.values()] + [vars(m).get("packed") for m in self.modules]
+        return [self.state, *(x.data_ptr() for x in own if x is not None)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
-                           forwards: list) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
-        """Captures next_logits(ids) as a CUDA graph; returns that, and what it reads and writes:
-        ids (B, 1), to be overwritten with others, logits (B, V) and the mask, given and (B, N)."""
+                           forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
+        """Capture next_logits(ids) as a CUDA graph. Returns it, and what it reads and writes: ids
+        (B, 1), to be overwritten before a replay; logits (B, V); the mask as given, and (B, N)."""
         ids, given = ids.clone(), mask
         self.stream = stream = self.stream or torch.cuda.Stream(ids.device)
         if mask is not None:
@@ -2171,23 +2169,23 @@ class CudaEngine(TableEngine):
         def step() -> Tensor:
             return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-        cache.is_captured = True
+        cache.is_capturing = True
         try:
             with torch.cuda.device(ids.device), replaced_forward(forwards):
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
-                    step()  # kernels are compiled, libraries get their memory: not to be captured
+                    step()  # first without capture: kernels compile, libraries allocate memory
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream):
                     logits = step()
         finally:
-            cache.is_captured = False
-        return graph, ids, logits, given, mask  # the mask, too, has to stay
+            cache.is_capturing = False
+        return graph, ids, logits, given, mask  # the mask only to keep its memory
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """As in Engine, one step late: the GPU computes the next while Python handles this one. The
-        first is not late, since what comes next takes long when kernels are compiled."""
+        """As in Engine, one step late: the GPU computes a step while Python handles the one before.
+        The first comes at once, since the second may take long, to compile kernels."""
         waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         for step, result in enumerate(chain(results, [None])):
             if result is not None:
@@ -2205,9 +2203,9 @@ ENGINES["cuda"] = CudaEngine
 
 # === Part III d. Several devices ==================================================================
 #
-# Tensor parallelism (Shoeybi et al., arXiv 1909.08053) for generation, with a process for each
-# device. Each of n has H/n heads and F/n activations in every block, the outputs of which are
-# summed, and V/n rows of lm_head. All run the same program, as under torchrun:
+# Tensor parallelism (Shoeybi et al., arXiv 1909.08053) for generation, with a process per device.
+# Each of n processes has H/n heads and F/n activations of every block, and V/n rows of lm_head. The
+# outputs of attention and MLP are summed. All run the same program, as under torchrun:
 #
 #     model = parallelize(PersimmonForCausalLM.from_pretrained(folder)).to(device)
 #     model.generate(ids, temperature=0.8)  # ids are the same in each, and so is the result
@@ -2218,7 +2216,7 @@ import torch.distributed as dist
 
 
 def summed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `forward` whose result is the sum of all processes' results."""
+    """A `forward` that returns the sum of all processes' results."""
     def total(*args: Any) -> Tensor:
         y = forward(*args).clone()
         dist.all_reduce(y)
@@ -2227,17 +2225,17 @@ def summed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class ParallelAttention(Attention):
-    """Attention by this process's heads, and the sum over all."""
+    """Attention by this process's heads, summed over all processes."""
     forward = summed(Attention.forward)
 
 
 class ParallelMLP(MLP):
-    """An MLP with this process's activations, and the sum over all."""
+    """An MLP with this process's activations, summed over all processes."""
     forward = summed(MLP.forward)
 
 
 class ParallelHead(nn.Sequential):
-    """lm_head, of which each process has some rows: the logits of all."""
+    """lm_head; each process has some of its rows, and gets the logits of all."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, V)"""
@@ -2255,20 +2253,19 @@ def sample_together(*args: Any) -> Tensor:
 
 
 class ParallelForCausalLM(PersimmonForCausalLM):
-    """What parallelize makes of a model."""
+    """A model after parallelize: a process has only its share of the weights, and can't save."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Raises ValueError: a process has only its share of the weights."""
         raise ValueError("a model can't be saved any more after parallelize")
 
 
 def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
-    """Cut the model down to this process's share, in place, to be used without gradients. While
-    weights are mapped from a file, on the CPU, nothing else of it stays in memory. ValueError if
-    the sizes are no multiples of n, which can leave the model cut in part."""
+    """Cut the model down to this process's share, in place; it then has no gradients. Before that,
+    keep weights on the CPU, mapped from the file: then only the share is ever in memory. ValueError
+    if sizes are no multiples of n; discard the model then, as it may be half cut."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=20))  # a chat may pause
+        dist.init_process_group(backend, timeout=timedelta(days=20))  # others wait while you type
     n, rank, config, linears = dist.get_world_size(), dist.get_rank(), model.config, []
     if type(model) is not PersimmonForCausalLM:
         raise ValueError(f"parallelize takes a PersimmonForCausalLM, not a {type(model).__name__}")
@@ -2293,11 +2290,11 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             linear.bias = None  # process 0 adds it
         for name, axis in axes.items():
             tensor = getattr(linear, name).detach()
-            size = tensor.shape[axis]  # where there is padding, more than the layer has
+            size = tensor.shape[axis]  # with int4's padding, more than the layer has
             if size % n != 0 or size > getattr(linear, side):
                 raise ValueError(f"{name} {tuple(tensor.shape)} can't be divided by {n} processes")
             part = tensor.chunk(n, axis)[rank]
-            is_parameter = name in linear._parameters  # rows of it can stay mapped
+            is_parameter = name in linear._parameters  # its rows stay mapped: nothing is copied
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
