@@ -612,21 +612,27 @@ from itertools import chain
 
 # --- config.json ----------------------------------------------------------------------------------
 DTYPES = ("bfloat16", "float16", "float32")
-CONFIG_FIELDS = (  # names; types, with None if null is a value of its own; range, or choices
+CONFIG_FIELDS = {name: (types, allowed) for names, types, allowed in (
+    # types, with None where null has a meaning; allowed: lowest and highest, or all strings
     ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-     "max_position_embeddings", (int,), (1, 2**28)), ("num_labels", (int,), (1, 2**16)),
-    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (float, int),
-     (1e-30, 2**28)), ("hidden_dropout attention_dropout", (float, int), (0, 1)),
-    ("classifier_dropout", (float, int, None), (0, 1)), ("qk_layernorm", (bool,), ()),
-    ("bos_token_id pad_token_id", (int, None), (0, 2**28)), ("dtype", (str, None), DTYPES),
-    ("eos_token_id", (int, list, None), (0, 2**28)), ("id2label quantization", (dict, None), ()),
-    ("problem_type", (str, None), ("regression", "single_label_classification",
-                                   "multi_label_classification")))
+     "max_position_embeddings", (int,), (1, 2**28)),
+    ("num_labels", (int,), (1, 2**16)),
+    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor",
+     (float, int), (1e-30, 2**28)),
+    ("hidden_dropout attention_dropout", (float, int), (0, 1)),
+    ("classifier_dropout", (float, int, None), (0, 1)),
+    ("qk_layernorm", (bool,), ()),
+    ("bos_token_id pad_token_id", (int, None), (0, 2**28)),
+    ("eos_token_id", (int, list, None), (0, 2**28)),
+    ("dtype", (str, None), DTYPES),
+    ("problem_type", (str, None),
+     ("regression", "single_label_classification", "multi_label_classification")),
+    ("id2label quantization", (dict, None), ())) for name in names.split()}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError, and ValueError for any other content."""
-    if not file.is_file():  # nor a pipe, from which nothing might ever come
+    if not file.is_file():  # reading a pipe could wait forever
         raise FileNotFoundError(f"no file {file}: a model's folder has to hold it")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -638,12 +644,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object to a file."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float16, bfloat16 or float32, given as torch's dtype or by name; ValueError for any other."""
+    """The torch.dtype of a name in DTYPES, or of itself; ValueError for any other."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype {name} is not supported: use one of {', '.join(DTYPES)}")
@@ -651,27 +656,25 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def checked_config(**values: Any) -> PersimmonConfig:
-    """PersimmonConfig(**values); ValueError for a wrong type or a value that no model can have."""
+    """PersimmonConfig(**values); ValueError if a value's type is wrong or no model can have it."""
     config = PersimmonConfig(**values)
-    rows = {name: row for names, *row in CONFIG_FIELDS for name in names.split()}
     for name, value in vars(config).items():
-        if name not in rows:
+        if name not in CONFIG_FIELDS:
             raise ValueError(f"PersimmonConfig has {name}, and CONFIG_FIELDS does not")
-        (types, allowed), key = rows[name], f"config key {name} = {value!r}"
+        (types, allowed), key = CONFIG_FIELDS[name], f"config key {name} = {value!r}"
         kind = None if value is None else type(value)  # isinstance would take True for an int
         if kind not in types:
             raise ValueError(f"{key} is not of type {types[0].__name__}")
         if kind is str and value not in allowed:
             raise ValueError(f"{key} is none of {', '.join(allowed)}")
-        several = value if kind is list else [value] * (kind in (int, float))
-        if not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1] for x in several):
+        numbers = value if kind is list else [value] if kind in (int, float) else []
+        if not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1] for x in numbers):
             raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
         raise ValueError(f"config key hidden_size = {C} is no multiple of {H} attention heads")
     if R not in range(2, D + 1, 2):
-        raise ValueError("config key partial_rotary_factor: RoPE can't rotate an odd number of "
-                         f"dimensions or none, {R} of {D}")
+        raise ValueError(f"config key partial_rotary_factor: RoPE can't pair {R} of {D} dimensions")
     pad, V, labels, K = config.pad_token_id, config.vocab_size, config.id2label, config.num_labels
     if pad is not None and pad >= V:
         raise ValueError(f"config key pad_token_id = {pad} is not in the vocabulary of {V}")
@@ -681,16 +684,16 @@ def checked_config(**values: Any) -> PersimmonConfig:
 
 
 def load_config(folder: str | Path) -> PersimmonConfig:
-    """Read config.json, in the hub's form of 2023 or that of transformers 5, and eos_token_id from
-    generation_config.json, if it is there. ValueError if config.json asks for anything but
+    """The config in config.json, as the hub had it in 2023 or as transformers 5 writes it. An
+    eos_token_id in generation_config.json wins. ValueError if config.json asks for anything but
     Persimmon; keys that change no result (use_cache, ...) are ignored."""
-    settle(Path(folder))
+    settle(Path(folder))  # a save may have been interrupted
     values, rope = read_json(Path(folder) / "config.json"), {}
-    for key in ("rope_scaling", "rope_parameters"):  # in 2023, often null; in transformers 5
+    for key in ("rope_scaling", "rope_parameters"):  # 2023's, often null, and transformers 5's
         if not isinstance(values.get(key) or {}, dict):
             raise ValueError(f"config key {key} = {values[key]!r} is not an object")
         rope |= values.get(key) or {}
-    values |= {**rope, "quantization": None,
+    values |= {**rope, "quantization": None,  # it comes from quantization_config, below
                "dtype": values.get("dtype") or values.get("torch_dtype")}
     generation = Path(folder) / "generation_config.json"
     if generation.is_file() and (stop := read_json(generation).get("eos_token_id")) is not None:
@@ -701,12 +704,12 @@ def load_config(folder: str | Path) -> PersimmonConfig:
             "quantize": str(method.get("quantize")), "group_size": method.get("group_size", 128)}}
     if isinstance(values.get("id2label"), dict):
         values["num_labels"] = len(values["id2label"])
-    # null means the default, except where it has a meaning, as in "no such token".
+    # null means the default, unless it has a meaning of its own, such as "no such token".
     config = checked_config(**{
-        name: values[name] for names, types, _ in CONFIG_FIELDS for name in names.split()
+        name: values[name] for name, (types, _) in CONFIG_FIELDS.items()
         if name in values and (values[name] is not None or None in types)})
     harmless = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    required = {key: None for key in rope if key not in harmless}
+    required = {key: None for key in rope if key not in harmless}  # others change RoPE
     required |= {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
                  "rope_type": "default", "type": "default", "quantization_config": None,
                  "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
@@ -735,9 +738,9 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float3
 
 
 def unreadable(file: Path, kind: str, reason: object = "") -> ValueError:
-    """The error to raise for a file that a library can't read as what it should be."""
+    """The ValueError for a file that a library can't read as a file of this kind."""
     with file.open("rb") as opened:
-        if opened.read(26) == b"version https://git-lfs.gi":
+        if opened.read(99).startswith(b"version https://git-lfs"):
             return ValueError(f"{file} is a pointer of Git LFS: fetch the file with `git lfs pull`")
     return ValueError(f"{file} is cut off, damaged or no {kind}: {reason}".removesuffix(": "))
 
@@ -752,7 +755,7 @@ def open_safetensors(file: Path) -> Any:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor, by name: model.safetensors, or shards listed in an index."""
+    """Tensor name -> the file that holds it: model.safetensors, or a shard listed in an index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         with open_safetensors(single) as file:
@@ -773,15 +776,14 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
          device: str | torch.device | None, progress: Callable[[float], None] | None = None,
          quantize: str | None = None, group_size: int = 128,
          **changes: Any) -> PersimmonPreTrainedModel:
-    """Implements from_pretrained. dtype "auto" is config.json's, else the file's own, in which
-    weights on a CPU are mapped from the file: pages are read when first used, and training never
-    changes the file. quantize = "int8" or "int4" quantizes 16-bit weights one matrix after the
-    other, int4 in groups of group_size inputs. progress is called with the fraction that is done,
-    in bytes. changes replace values of config.json, as in num_labels=3. A head that the folder
-    lacks is new, with a warning. Raises FileNotFoundError for what is missing, and ValueError,
-    naming file and tensor, for what is damaged or does not fit."""
-    if "sparse" in changes:
-        raise ValueError("from_pretrained has no sparse= any more: see model.fast")
+    """Implements from_pretrained. Raises FileNotFoundError for what is missing; ValueError, naming
+    file and tensor, for what is damaged or does not fit. A missing head is new, with a warning.
+
+    dtype     "auto" is config.json's, else the file's own. On a CPU, weights in the file's dtype
+              are mapped: pages are read when first used, and training never changes the file
+    progress  is called with the fraction that is done, in bytes
+    quantize  "int8", or "int4" in groups of group_size inputs: done matrix by matrix
+    changes   replace values of config.json, as in num_labels=3"""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is a folder on this disk")
     config = checked_config(**(asdict(load_config(folder)) | changes))
@@ -791,53 +793,54 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
                          f"{' and '.join(QUANTIZERS) or 'neither int8 nor int4'}")
     quantize = None if quantize == stored_kind else quantize
     files, L = tensor_files(folder), config.num_hidden_layers
-    if len(files) < 12 * L:  # a layer has 12 at least; to make a model of many takes long
+    if len(files) < 12 * L:  # a layer has at least 12; and building countless layers takes long
         raise ValueError(f"{folder} has {len(files)} tensors: too few for config.json's {L} layers")
     with torch.device("meta"):  # without memory: the tensors of the file become the weights
         model = cls(config)
 
-    # The files have to hold exactly the model's tensors, except that a head may be missing, or be
-    # that of another model; a bare model's names may lack `model.`.
-    state = model.state_dict()
-    own, heads = {name.removeprefix("model."): name for name in state}, ("score.", "lm_head.")
-    head = {name for name in own if name.startswith(heads)}
+    # The files have to hold exactly the model's tensors, with two exceptions: a bare model's names
+    # may lack `model.`, so compare all names without it; and the folder's model may have another
+    # head, or none: then skip that head, and make a new one.
+    state, heads = model.state_dict(), ("score.", "lm_head.")
+    full_names = {name.removeprefix("model."): name for name in state}
+    new = {name for name in full_names if name.startswith(heads)}
     is_own = cls.__name__ in (read_json(folder / "config.json").get("architectures") or [])
-    if head and (is_own or head & files.keys() or (stored_kind and cls is PersimmonForCausalLM)):
-        head, heads = set(), ()  # it has to be there; a new one would not be quantized
+    if new and (is_own or new & files.keys() or (stored_kind and cls is PersimmonForCausalLM)):
+        new, heads = set(), ()  # the head has to be there; a new one would not be quantized
     stored = {name.removeprefix("model."): name for name in files if not name.startswith(heads)
               and not name.endswith("rotary_emb.inv_freq")}  # which some older versions store
     if any({name, f"model.{name}"} <= files.keys() for name in stored):
         raise ValueError(f"{folder} has tensors twice, with and without `model.` in front")
-    if missing := own.keys() - stored.keys() - head:
+    if missing := full_names.keys() - stored.keys() - new:
         raise ValueError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
-    if extra := stored.keys() - own.keys():
+    if extra := stored.keys() - full_names.keys():
         raise ValueError(f"{folder} has the tensor {min(extra)}, which is not in a {cls.__name__} "
                          f"of this config.json ({len(extra)} unexpected in all)")
 
     target = as_dtype(dtype) if dtype != "auto" else config.dtype and as_dtype(config.dtype)
     opened = {file: open_safetensors(file) for file in set(files.values())}
-    done, total = 0, sum(state[own[name]].nbytes for name in stored)
-    for bare_name, name in stored.items():
-        empty, file = state[own[bare_name]], files[name]
+    done, total = 0, sum(state[full_names[bare]].nbytes for bare in stored)
+    for bare, name in stored.items():
+        empty, file = state[full_names[bare]], files[name]
         if name not in opened[file].keys():
             raise ValueError(f"{file} lacks the tensor {name}, which the index places there")
         tensor = opened[file].get_tensor(name)  # mapped: nothing is read yet
         is_float, what = empty.is_floating_point(), f"{file} has the tensor {name}"
-        found, shape = tuple(tensor.shape), tuple(empty.shape)
-        if found != shape:
-            raise ValueError(f"{what} in shape {found}: config.json makes it {shape}")
+        if tensor.shape != empty.shape:
+            raise ValueError(f"{what} in shape {tuple(tensor.shape)}: config.json makes it "
+                             f"{tuple(empty.shape)}")
         if tensor.dtype != empty.dtype and not (is_float and tensor.is_floating_point()):
             raise ValueError(f"{what} as {tensor.dtype}: config.json makes it {empty.dtype}")
         target = target or (tensor.dtype if is_float else None)
-        state[own[bare_name]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
+        state[full_names[bare]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         done += empty.nbytes
         if progress is not None and quantize is None:  # else the quantizer reports progress
             progress(done / total)
-    state |= {n: torch.empty_like(state[n], dtype=target, device=device or "cpu") for n in head}
+    state |= {n: torch.empty_like(state[n], dtype=target, device=device or "cpu") for n in new}
     model.load_state_dict(state, assign=True)
-    if head:
-        model.init_weights(model.get_submodule(min(head).split(".")[0]))
-        warnings.warn(f"{folder} has no {' and '.join(sorted(head))} for a {cls.__name__}: new, "
+    if new:
+        model.init_weights(model.get_submodule(min(new).split(".")[0]))
+        warnings.warn(f"{folder} has no {' and '.join(sorted(new))} for a {cls.__name__}: new, "
                       "random, and to be trained", stacklevel=3)
     if quantize is not None:
         QUANTIZERS[quantize](model, group_size, progress)
@@ -846,16 +849,16 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
 
 
 def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
-    """Write tensors, each (name, dtype, shape, Iterable[Tensor]: its values in that dtype, piece by
-    piece), to a safetensors file. Format: https://github.com/huggingface/safetensors#format"""
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format). Each tensor is
+    given as (name, dtype, shape, pieces): tensors of that dtype which hold its values in order."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, dtype, shape, _ in tensors:
         start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Mapped weights are used in place, and PyTorch's int8 kernel needs them aligned to 16 bytes:
-    # let the data begin at a multiple of 64. The safetensors library itself aligns to 8 only.
+    # Mapped weights are used in place, and PyTorch's int8 kernel needs them aligned to 16 bytes: so
+    # the data begins at a multiple of 64. (The safetensors library only aligns to 8.)
     text += b" " * (-(8 + len(text)) % 64)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
@@ -866,29 +869,29 @@ def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish what `staging` does at its end, where it was interrupted there."""
+    """Finish the last step of a `staging` that was interrupted there: move what is complete."""
     complete = folder / ".complete"
     if (complete / "model.safetensors.index.json").is_file():
-        (folder / "model.safetensors").unlink(missing_ok=True)  # it would count, not the index
+        (folder / "model.safetensors").unlink(missing_ok=True)  # `load` would prefer it
     with suppress(FileNotFoundError, NotADirectoryError):  # nothing to do, or just done
         for file in list(complete.iterdir()):
-            with suppress(FileNotFoundError):  # another process has moved it
+            with suppress(FileNotFoundError):  # another process has just moved it
                 file.replace(folder / file.name)
         complete.rmdir()
 
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A new folder for files that move to `folder` when the block has ended, all of them or none.
-    A `folder` that is new appears complete. In one that exists, they replace files of the same name
-    and other weights. ValueError while another process does this, OSError as the system has it."""
-    folder = Path(os.path.realpath(folder))  # renaming works within one disk: where a link leads
+    """Yields an empty folder. When the block ends, its files move to `folder`: all, or after an
+    error none. A new `folder` appears complete; in an old one, they replace files of the same name
+    and all other weights. ValueError if another process is saving there; OSError is passed on."""
+    folder = Path(os.path.realpath(folder))  # follows a link: a rename can't go to another disk
     exists, beside = folder.exists(), folder.with_name(f"{folder.name}.unfinished")
     scratch = folder / ".unfinished" if exists else beside
     new = scratch / "new"
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
-        raise ValueError(f"{scratch} is in the way: files are written there at first")
+        raise ValueError(f"{scratch} is in the way: files are first written there")
     with (scratch / "lock").open("w") as lock:
         try:
             import fcntl
@@ -896,13 +899,13 @@ def staging(folder: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise ValueError(f"another process is writing {folder}") from None
         except (ImportError, OSError):
-            pass  # Windows has no locks of this kind, nor have some disks in a network
+            pass  # Windows has no such locks, nor do some network disks
         try:
-            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
             new.mkdir()
             yield new
             if not exists:
-                new.rename(folder)  # fails if there is something by now
+                new.rename(folder)  # fails if something is there by now
                 return
             settle(folder)
             names = {*os.listdir(new)}
@@ -911,7 +914,7 @@ def staging(folder: Path) -> Iterator[Path]:
             old = re.compile(r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json")
             for name in filter(old.fullmatch, {*os.listdir(folder)} - names):
                 (folder / name).unlink()
-            with suppress(OSError):  # of a process killed when `folder` had just appeared
+            with suppress(OSError):  # left by a process killed just after it made `folder`
                 (beside / "lock").unlink(missing_ok=True)
                 beside.rmdir()
         finally:
@@ -919,7 +922,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
-    """Implements save_pretrained, see `staging`. The tokenizer's files come along, from the folder
+    """Implements save_pretrained, by `staging`. The tokenizer's files are copied from the folder
     that the model was loaded from."""
     dtype = str(model.dtype).removeprefix("torch.")
     config = checked_config(**asdict(model.config) | {"dtype": dtype})
@@ -937,17 +940,16 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
 
 # --- Tokenizer, streaming, chat prompt ------------------------------------------------------------
 class Inputs(dict[str, Tensor]):
-    """What a model takes, as in model(**inputs)."""
+    """Arguments for a model, as in model(**inputs)."""
 
     def to(self, device: torch.device | str) -> Inputs:
-        """The same on another device."""
         return Inputs({name: tensor.to(device) for name, tensor in self.items()})
 
 
 class Tokenizer:
-    """SentencePiece (unigram with byte fallback), with `|ENDOFTEXT|` in front of each text, unless
-    tokenizer_config.json has add_bos_token false. `path` is the folder with that and
-    tokenizer.model, or a file such as `adept_vocab.model` in Adept's release."""
+    """SentencePiece (unigram with byte fallback). Each text begins with `|ENDOFTEXT|`, unless
+    add_bos_token is false in tokenizer_config.json. `path` is a folder with tokenizer.model, or
+    the SentencePiece file itself, such as `adept_vocab.model` in Adept's release."""
 
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -973,18 +975,18 @@ class Tokenizer:
         return len(self.processor)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Ids of a text, after `|ENDOFTEXT|` if add_bos (None: as tokenizer_config.json says)."""
-        if re.search("[\ud800-\udfff]", text):  # surrogates, which UTF-8 cannot encode
+        """Ids of a text, `|ENDOFTEXT|` first if add_bos (None: as tokenizer_config.json says)."""
+        if re.search("[\ud800-\udfff]", text):  # surrogates, which UTF-8 can't encode
             raise ValueError("the text is not valid Unicode")
         add_bos = self.add_bos if add_bos is None else add_bos
         return [self.end_of_text] * add_bos + self.processor.encode(text)
 
     def decode(self, ids: Iterable[int] | Tensor | int, skip_special_tokens: bool = True) -> str:
-        """Text of the ids of one text; invalid UTF-8 gives U+FFFD, an unknown id U+2047, and
-        `|ENDOFTEXT|` nothing, or itself with skip_special_tokens = False."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or an array of numpy's
+        """The text of one list of ids. Invalid UTF-8 becomes U+FFFD, an unknown id U+2047, and
+        `|ENDOFTEXT|` nothing, or with skip_special_tokens = False itself."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or numpy's array
         end, unk = self.end_of_text, self.processor.unk_id()
-        texts: list[list[int]] = [[]]  # what lies between ends of text
+        texts: list[list[int]] = [[]]  # the ids between two |ENDOFTEXT|
         for i in [ids] if isinstance(ids, int) else ids:
             if isinstance(i, list):
                 raise ValueError("decode takes the ids of one text, not of several")
@@ -1006,32 +1008,32 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one by one: what `push` and `finish` return, joined, is the text of all ids.
-    Decoding each id alone would lose spaces (SentencePiece drops a leading one, so prompt_ids
-    matter, though their text is not returned) and break characters that are several byte pieces."""
+    """Decodes ids one by one: all that `push` and `finish` return, joined, is the text of all ids.
+    Decoding each id alone would break characters of several byte pieces, and lose spaces, as
+    SentencePiece drops a leading one. (Hence prompt_ids, whose text is not returned.)"""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.context: list[int] = []  # returned already, and decoded again before what is new
-        self.pending: list[int] = []  # not returned yet: perhaps the first bytes of a character
+        self.context: list[int] = []  # returned already; decoded again in front of `pending`
+        self.pending: list[int] = []  # not returned yet: they may end within a character
         for i in prompt_ids:
             self.push(i)
 
     def push(self, token: int | Tensor) -> str:
-        """The text that is certain once `token` is known: often a word, sometimes nothing."""
+        """The text that `token` completes: often a word, sometimes nothing."""
         self.pending.append(int(token))
         processor, tail = self.tokenizer.processor, b""  # an incomplete character has 1 to 3 bytes
         for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
             is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
             tail = tail + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
-        is_cut = codecs.utf_8_decode(tail, "replace", False)[1] < len(tail)  # within a character
+        is_cut = codecs.utf_8_decode(tail, "replace", False)[1] < len(tail)  # more bytes must come
         return "" if is_cut else self.finish()
 
     def finish(self) -> str:
         """The rest of the text, with U+FFFD for bytes that never became a character."""
         before = self.tokenizer.decode(self.context)
         text = self.tokenizer.decode(self.context + self.pending)[len(before) :]
-        if not before:  # only the first text loses its leading space; then any context will do
+        if not before:  # only a text's first piece loses its space: after it, any context will do
             unk = self.tokenizer.processor.unk_id()
             self.context = [unk] if text else self.context + self.pending
         self.pending = []
@@ -1039,7 +1041,7 @@ class StreamDecoder:
 
 
 def chat_prompt(turns: Sequence[str]) -> str:
-    """The prompt for an answer to turns: human, adept, ..., human (Adept's README, footnote 1)."""
+    """The prompt for an answer to turns of human, adept, ..., human (Adept's README, note 1)."""
     if len(turns) % 2 == 0:
         raise ValueError(f"a chat prompt ends with a human's turn: {len(turns)} is an even number")
     return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:"
@@ -1074,12 +1076,12 @@ class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
                 labels: Tensor | None = None) -> HeadOutput:
         """Logits (B, num_labels); labels as in classification_loss, the rest as in PersimmonModel.
-        The last token is the rightmost that is not pad_token_id, whatever attention_mask says, as
-        in transformers; with inputs_embeds the last. ValueError for B > 1 without pad_token_id."""
+        As in transformers, a text ends with the rightmost id that is not pad_token_id, whatever
+        attention_mask says; inputs_embeds end at T. ValueError for B > 1 without pad_token_id."""
         x = self.model(input_ids, attention_mask, position_ids, None, inputs_embeds)[0]  # (B, T, C)
         (B, T, _), pad = x.shape, self.config.pad_token_id
         if pad is None and B > 1:
-            raise ValueError(f"to find where {B} texts end, config.json has to have a pad_token_id")
+            raise ValueError(f"to find where {B} texts end, config.json needs a pad_token_id")
         position = torch.arange(T, dtype=torch.long, device=x.device).expand(B, T)  # (B, T)
         if pad is not None and input_ids is not None:
             position = position * (input_ids != pad)  # (B, T)
