@@ -672,7 +672,7 @@ def checked_config(**values: Any) -> PersimmonConfig:
             raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
-        raise ValueError(f"config key hidden_size = {C} is no multiple of {H} attention heads")
+        raise ValueError(f"config key hidden_size = {C} is not a multiple of {H} attention heads")
     if R not in range(2, D + 1, 2):
         raise ValueError(f"config key partial_rotary_factor: RoPE can't pair {R} of {D} dimensions")
     pad, V, labels, K = config.pad_token_id, config.vocab_size, config.id2label, config.num_labels
@@ -768,7 +768,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     for name, shard in shards.items():
         if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{index} places {name} in {shard}, no file of its folder")
+            raise FileNotFoundError(f"{index} places {name} in {shard}, not a file of its folder")
     return {name: folder / shard for name, shard in shards.items()}
 
 
@@ -869,7 +869,7 @@ def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish the last step of a `staging` that was interrupted there: move what is complete."""
+    """Finish a `staging` that was interrupted in its last step: move the files, all complete."""
     complete = folder / ".complete"
     if (complete / "model.safetensors.index.json").is_file():
         (folder / "model.safetensors").unlink(missing_ok=True)  # `load` would prefer it
@@ -1157,8 +1157,8 @@ def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """The nonzeros of x (..., F) for embedding_bag: their columns, row by row; their values; and
-    where bags start, (B, bags), several in a row for all cores. None beyond `rows` rows or limit*F
-    nonzeros, off the CPU, with gradients, and in torch.compile (the count would be a shape)."""
+    where bags start, (B, bags): a row is cut into bags for all cores. None beyond `rows` rows or
+    limit*F nonzeros, off the CPU, with gradients, and in torch.compile, as shapes depend on x."""
     F, B = x.shape[-1], x.numel() // x.shape[-1]
     if B > rows or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -1173,10 +1173,10 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """For each weight, what changes when it does. `_version` misses changes by .data: so sample."""
+    """For each weight, what changes with it. `_version` misses changes by .data: hence a sample."""
     samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
                for w in weights]
-    values = torch.stack(samples).tolist() if samples else []  # in one, to wait for a GPU once
+    values = torch.stack(samples).tolist() if samples else []  # stacked, to wait for a GPU once
     return [(w.data_ptr(), w.stride(), None if w.is_inference() else w._version, sample)
             for w, sample in zip(weights, values)]
 
@@ -1311,9 +1311,9 @@ class TransposedKVCache(KVCache):
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """As in KVCache, but for one new position (T = 1), by two embedding_bags: the scores of P
+        """As in KVCache; but one new position (T = 1) takes two embedding_bags. The scores of P
         positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
-        q's dtype; the output is the sum over s of p[s] times the row v[s]."""
+        q's dtype. The output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or mask.shape[1:] == (1, T, S)  # one for all heads
         if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D) or 1 < T == S:
@@ -1437,10 +1437,10 @@ class QuantizedLinear(nn.Module):
     quantize_weight     the tensors to store for a weight; on meta only empty ones, which is fast
     dequantize          W^T, or its codes, for outputs start ... stop: (C, stop - start)
     small_batch_matmul  x W^T, (rows, C) -> (rows, O), by a PyTorch kernel that reads the codes;
-                        None without one, or if it is slow: with a dense W, but for bfloat16"""
+                        None if there is none, or it is slow: for dense W, in all but bfloat16"""
 
     max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
-    axes: tuple[dict[str, int], ...]  # of the stored tensors: of outputs, then of inputs
+    axes: tuple[dict[str, int], ...]  # stored tensor -> axis of the outputs; -> of the inputs
     packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
     is_by_input = False  # whether a row of `weight` is of one input, and not of one output
     extra_repr = nn.Linear.extra_repr
@@ -1454,7 +1454,7 @@ class QuantizedLinear(nn.Module):
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
         side, stored = int(self.is_by_input), []  # split over outputs, 0, or inputs, 1
-        parts = [weight] if weight.is_meta else weight.split(64, side)  # small float32 copies
+        parts = [weight] if weight.is_meta else weight.split(64, side)  # so copies are small
         for part in parts:
             stored.append(self.quantize_weight(part))
             progress(len(stored) / len(parts))
@@ -1479,8 +1479,8 @@ class QuantizedLinear(nn.Module):
         """x (rows, C) -> (rows, O) with W dequantized, on a CPU block by block."""
         O, C = self.out_features, self.in_features
         n = O if x.is_cuda else max(64, 2**21 // C // 64 * 64)  # outputs that fit a CPU's cache
-        blocks = (self.dequantize(i, min(i + n, O), x.dtype) for i in range(0, O, n))
-        return torch.cat([x @ block for block in blocks], dim=-1)
+        starts = range(0, O, n)
+        return torch.cat([x @ self.dequantize(i, min(i + n, O), x.dtype) for i in starts], dim=-1)
 
     def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
         return {**self.__dict__, "packed": None}
@@ -1603,7 +1603,7 @@ class Int4Linear(QuantizedLinear):
             codes = self.codes(0, O).add(8).view(torch.uint8).t()
             tiles = next(n for n in (8, 4, 2) if C % (16 * n) == 0)  # of 16 inputs, read at once
             return operator((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), tiles)
-        # Does this CPU's kernel read the order that is stored? Ask with codes that are all mixed.
+        # Does this CPU's kernel read the order that we store? Pack mixed codes to find out.
         probe = torch.arange(128 * 64, dtype=torch.int32, device="cpu").view(128, 64) * 7 % 16
         halves = probe.to(torch.uint8).view(2, 2, 32, 64)
         if torch.equal(operator(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT):
@@ -1650,7 +1650,7 @@ class Int8SparseLinear(QuantizedLinear):
 def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int = 128,
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
     """Quantize a model in place, in int8 or int4: each Linear, one by one, but a classifier's head.
-    Returns the model. If a weight can't be quantized, ValueError: it is a mix then, discard it."""
+    Returns the model. ValueError if a weight can't be quantized: then discard the model."""
     quantization, old = {"quantize": kind, "group_size": group_size}, model.config.quantization
     if old not in (None, quantization):
         raise ValueError(f"the model is quantized already, in {old['quantize']}")
@@ -1704,7 +1704,7 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
     1805.02867; FlashAttention, Dao et al., 2205.14135). A program has one query q and one split of
     the keys and values, which it reads in blocks k and v (P, D). m_i is the largest score so far;
-    l_i, the sum of weights, and acc (D), that of weighted values, are relative to it:
+    the weights exp(score - m_i) add up to l_i, and the values times their weights to acc (D):
 
         s    = q k^T / sqrt(D)                     (P), -inf where the query must not look
         m_i' = max(m_i, max(s))
@@ -1819,10 +1819,10 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
     def linear_kernel(x, weight, scale, bias, norm_weight, norm_bias, eps, residual, y, B, O,
                       C: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
                       SQUARE: tl.constexpr):
-        """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for x (B, C), B <= 16, with a norm 1;
-        f = relu(.)**2 if SQUARE. What is None is left out. W may be int8. A program makes COLUMNS
-        outputs, from K inputs at a time. Loads are pipelined: a block of W is requested two blocks
-        before it is used."""
+        """y (B, O) = f(scale * W LayerNorm(x) + b) + residual for x (B, C), B <= 16 (with a norm,
+        B = 1); f = relu(.)**2 if SQUARE. What is None is left out. W may be int8. A program makes
+        COLUMNS outputs, from K inputs at a time. Loads are pipelined: a block of W is requested two
+        blocks before it is used."""
         o, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, 16)[:, None]
         c = tl.arange(0, K)
         dtype = x.dtype.element_ty
@@ -1913,13 +1913,13 @@ class StaticCache(KVCache):
         return {**self.__dict__, "graph": None, "graph_key": None}
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """As in KVCache; in a capture, what each replay will find in `position`."""
+        """As in KVCache; in a capture, those that each replay reads from `position`."""
         if not self.is_capturing:
             return super().positions(B, T)
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
 
     def crop(self, length: int) -> None:
-        """As in KVCache; nothing in a capture: who replays it calls this."""
+        """As in KVCache; does nothing in a capture, since each replay is followed by a crop."""
         if not self.is_capturing:
             super().crop(length)
             self.position.fill_(length)
@@ -1966,7 +1966,7 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
                  residual: Tensor | None = None, square: bool = False) -> Tensor:
     """f(linear(norm(x))) + residual, (B, 1, O), for x (B, 1, C); f is relu(.)**2 or x."""
     (B, T, C), O = x.shape, linear.out_features
-    if norm is not None and (B > 1 or C & -C < C):
+    if norm is not None and (B > 1 or C & -C < C):  # C & -C: its largest factor of the form 2**n
         x, norm = norm(x), None
     # Sizes and warps: the fastest of many on an H200 in the 64 KiB that an SM of small GPUs has.
     columns, size, num_warps = 16, 1024, 2
@@ -2124,7 +2124,7 @@ class CudaEngine(TableEngine):
                 exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
                 if not is_as_exact(fast, plain, exact):
                     raise ValueError(f"block {n} computes something else")
-        except Exception as error:  # also: an edited block has other shapes, Triton no C compiler
+        except Exception as error:  # also: other shapes in an edited block, no C compiler
             warnings.warn(f"persimmon.py's CUDA kernels are not used: {error}")
             return False
         return True
@@ -2258,7 +2258,7 @@ class ParallelForCausalLM(PersimmonForCausalLM):
     """A model after parallelize: a process has only its share of the weights, and can't save."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        raise ValueError("a model can't be saved any more after parallelize")
+        raise ValueError("a model can't be saved after parallelize")
 
 
 def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
@@ -2273,7 +2273,7 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         raise ValueError(f"parallelize takes a PersimmonForCausalLM, not a {type(model).__name__}")
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % n != 0:
-            raise ValueError(f"{name} = {getattr(config, name)} is no multiple of {n} processes")
+            raise ValueError(f"{name} = {getattr(config, name)} is not a multiple of {n} processes")
     model.to(model.device)  # quantized layers forget what they have packed
     for block in model.model.layers:
         layer, mlp = block.self_attn, block.mlp

@@ -1114,7 +1114,7 @@ def test_generate_with_a_compiled_forward():
         {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
         {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
         {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}]),
-    ("hidden_size = 49 is no multiple of 3", [{"hidden_size": 49}]), ("is not an object", [{"rope_parameters": [1]}]),
+    ("hidden_size = 49 is not a multiple", [{"hidden_size": 49}]), ("is not an object", [{"rope_parameters": [1]}]),
     ("config key .* = (True is not of type int|5 is not of type str)", [{"hidden_size": True}, {"dtype": 5}]),
     ("is not from (1|1e-30) to 2684", [{"num_hidden_layers": 0}, {"vocab_size": 10**30}, {"rope_theta": math.inf}]),
     ("is not from 0 to 1", [{"hidden_dropout": 1.5}, {"hidden_dropout": math.nan}, {"classifier_dropout": -0.1}]),
@@ -1180,7 +1180,7 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Non
     (WHOLE, {"final_layernorm.bias": torch.ones(48)}, "has tensors twice, with and without `model.`"),
     (WHOLE, lambda data: data[:-100], f"{WHOLE} is cut off, damaged"), (SHARD, lambda data: b"", f"{SHARD} is cut off"),
     (WHOLE, None, f"no {WHOLE} or {INDEX}: convert .bin files with `python convert.py .*model .*model-safetensors`"),
-    (SHARD, None, f"in {SHARD}, no file of its folder"), ("config.json", None, "no file .*config.json: "),
+    (SHARD, None, f"in {SHARD}, not a file of its folder"), ("config.json", None, "no file .*config.json: "),
     (INDEX, lambda data: data.replace(b"-00002-", b"-00001-"), f"{SHARD} lacks the tensor .*, which the index places"),
     (INDEX, lambda data: b"{}", "has no weight_map"), (INDEX, lambda data: b'{"weight_map": {"a": 1}}', "weight_map"),
     ("", {"dtype": "float8"}, "dtype float8 is not supported: use one of bfloat16, float16, float32"),
@@ -1421,8 +1421,8 @@ ATTACKS = {
     "generation_config.json": (edit("generation_config.json", eos_token_id=[2**29]), r"eos_token_id = \[536870912\]"),
     "2**27 labels": (edit("config.json", num_labels=2**27), "key num_labels = 134217728 is not from 1"),
     "a pipe": (make_pipe, "no file .*config.json"),
-    "index leaves": (lambda f: misplace(f, "../outside.safetensors"), "in ../outside.safetensors, no file of its"),
-    "absolute index": (lambda f: misplace(f, str(f.parent / "outside.safetensors")), "no file of its folder"),
+    "index leaves": (lambda f: misplace(f, "../outside.safetensors"), "in ../outside.safetensors, not a file of its"),
+    "absolute index": (lambda f: misplace(f, str(f.parent / "outside.safetensors")), "not a file of its folder"),
     "LFS weights": (lambda f: (f / "model.safetensors").write_text(LFS), "safetensors is a pointer of Git LFS"),
     "LFS tokenizer": (lambda f: (f / "tokenizer.model").write_text(LFS), "tokenizer.model is a pointer of Git LFS"),
 }  # fmt: skip
@@ -2620,7 +2620,7 @@ def test_sizes_that_processes_cannot_share(monkeypatch):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     with pytest.raises(ValueError, match="takes a PersimmonForCausalLM, not a PersimmonModel"):
         persimmon.parallelize(PersimmonModel(CONFIG))
-    for sizes, error in (((98, 48, 80, 1, 3), "heads = 3 is no multiple of 2 processes"), ((97, 48, 80, 1, 2), "= 97"),
+    for sizes, error in (((98, 48, 80, 1, 3), "heads = 3 is not a multiple of 2"), ((97, 48, 80, 1, 2), "= 97"),
                          ((128, 128, 128, 1, 2), r"scale \(1, 128, 2\)"), ((200, 256, 256, 1, 2), "can't be divided")):
         model = PersimmonForCausalLM(PersimmonConfig(*sizes))
         with pytest.raises(ValueError, match=error):
@@ -2636,7 +2636,7 @@ def test_parallelize_forgets_packed_weights_and_sums_copies(monkeypatch):
     for layer in layers:
         layer.packed = torch.zeros(1)
     mlp = persimmon.parallelize(model).model.layers[0].mlp
-    with pytest.raises(ValueError, match="can't be saved any more after parallelize"):
+    with pytest.raises(ValueError, match="can't be saved after parallelize"):
         model.save_pretrained("no")
     assert len(layers) == 5 and all(layer.packed is None for layer in layers)
     mlp.dense_4h_to_h.register_forward_hook(lambda m, x, y: kept.append((y, y.clone())))
