@@ -644,6 +644,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to a file."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -784,6 +785,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     progress  is called with the fraction that is done, in bytes
     quantize  "int8", or "int4" in groups of group_size inputs: done matrix by matrix
     changes   replace values of config.json, as in num_labels=3"""
+    if "sparse" in changes:
+        raise ValueError("from_pretrained has no sparse= any more: see model.fast")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is a folder on this disk")
     config = checked_config(**(asdict(load_config(folder)) | changes))
@@ -943,6 +946,7 @@ class Inputs(dict[str, Tensor]):
     """Arguments for a model, as in model(**inputs)."""
 
     def to(self, device: torch.device | str) -> Inputs:
+        """The same on another device."""
         return Inputs({name: tensor.to(device) for name, tensor in self.items()})
 
 
@@ -2258,6 +2262,7 @@ class ParallelForCausalLM(PersimmonForCausalLM):
     """A model after parallelize: a process has only its share of the weights, and can't save."""
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Raises ValueError."""
         raise ValueError("a model can't be saved after parallelize")
 
 
