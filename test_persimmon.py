@@ -292,9 +292,9 @@ if __name__ == "__main__":
 # ruff: noqa: E401, E402
 
 import ast, contextlib, gzip, hashlib, importlib.util, io, itertools, math, pickle, pty
-import random, re, runpy, select, shutil, socket, tarfile, tempfile, threading, warnings, weakref, zipfile
+import random, re, runpy, select, shutil, socket, tarfile, threading, warnings, weakref, zipfile
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
@@ -314,7 +314,7 @@ import sample as sample_script
 from persimmon import (
     Attention, CpuEngine, CudaEngine, Engine, Int4Linear, Int8Linear, Int8SparseLinear, KVCache,
     PersimmonForSequenceClassification, PersimmonForTokenClassification, PersimmonModel, QuantizedLinear, StaticCache,
-    StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask, chat_prompt, checked_config,
+    StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask, chat_prompt,
     cpu_linear, fused_attend, fused_linear, fused_sparse_linear, is_as_exact, is_unmodified, load_config, nonzero_bags,
     replaced_forward, rope_tables, sample, sparse_linear, write_safetensors,
 )
@@ -434,13 +434,6 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
     return a.shape == b.shape and (a - b).abs().max().item() <= tolerance
 
 
-def count_passes(model) -> list[int]:
-    """New positions of each forward pass from now on."""
-    passes = []
-    model.model.layers[0].register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
-    return passes
-
-
 def use_cpu_engine(monkeypatch, processor: str = "Zen 4") -> None:
     """CpuEngine as on a processor, for matrices and caches of any size and dtype; blocks of keys are short."""
     monkeypatch.setattr(CpuEngine, "large", 0)
@@ -556,60 +549,40 @@ def use_engine(monkeypatch, model: PersimmonForCausalLM, kind: str) -> None:
 
 
 # === Part I. The model ===============================================================================================
+HEADS = (PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification)
 
 
-def test_config_and_init_weights():
-    model = PersimmonForCausalLM(replace(CONFIG, initializer_range=0.05))
-    for name, p in model.named_parameters():
-        is_new = p == float("norm" in name and name.endswith("weight"))
-        assert 0.04 < p.std() < 0.06 and abs(p.mean()) < 0.01 if p.dim() == 2 else is_new.all(), name
-    assert (model.model.embed_tokens.weight[5] == 0).all()
+@pytest.mark.parametrize("kind", HEADS)
+def test_init_weights(kind):
+    """Of a new model, and of one that was made without memory."""
+    config = replace(CONFIG, initializer_range=0.05, num_labels=50)
+    with torch.device("meta"):
+        empty = kind(config)
+    for p in empty.to_empty(device="cpu").parameters():
+        p.data.fill_(math.nan)
+    empty.init_weights()
+    for model in (kind(config), empty):
+        for name, p in model.named_parameters():
+            is_new = p == float("norm" in name and name.endswith("weight"))
+            assert 0.04 < p.std() < 0.06 and abs(p.mean()) < 0.01 if p.dim() == 2 else is_new.all(), name
+        assert not model.model.embed_tokens.weight[5].any()  # pad_token_id
 
 
-def test_rope():
-    """Dimensions i < 16 and i + 16 of 64 rotate by p * 25000**(-2i/32). For far positions see parity below."""
-    p, x = torch.tensor([[0, 1, 300], [5, 6, 7]]), torch.randn(2, 3, 2, 64)
-    angle = p[..., None, None].double() * 25000.0 ** (-torch.arange(16).double() / 16)
-    rotated = torch.complex(*x[..., :32].double().split(16, -1)) * torch.polar(torch.ones_like(angle), angle)
-    cos, sin = rope_tables(p, PersimmonConfig(), torch.float32)
-    assert close(apply_rope(x, cos, sin), torch.cat((rotated.real, rotated.imag, x[..., 32:]), -1), 1e-4)
-    rounded = rope_tables(p, PersimmonConfig(), torch.bfloat16)  # only now: the angles are not
-    assert torch.equal(rounded[0], cos.bfloat16()) and torch.equal(rounded[1], sin.bfloat16())
-
-
-def test_causal_mask_and_attention():
-    """By the equation, in the three cases; in two of them, without padding, the mask is None."""
-    padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    for T, seen in itertools.product((5, 3, 1), (None, padding)):
-        (q, k, v), allowed, new = torch.randn(3, 2, 3, 5, 16), torch.ones(1, 1, 5, 5).tril().bool(), slice(5 - T, 5)
-        if seen is not None:
-            allowed = allowed & seen[:, None, None].bool() | torch.eye(5).bool()
-        mask = causal_mask(torch.arange(5 - T, 5), 5, seen)
-        assert mask is None if seen is None and T != 3 else torch.equal(mask, allowed[:, :, new])
-        weights = (q @ k.mT / 4).masked_fill(~allowed, -math.inf).softmax(-1)
-        assert close(attention(q[:, :, new], k, v, mask), (weights @ v)[:, :, new], 1e-5)
-
-
-CHUNKS = [(5, 1, 3), (1, 1, 7), (9,), (2, 7)]
-
-
-def check_chunks(model, kind: type[KVCache], chunks: tuple[int, ...], is_padded: bool) -> None:
-    """The logits of chunks of nine ids, and of the last five again, are those of one pass without a cache."""
-    ids, mask, cache = random_ids(model.config, length=9), torch.ones(B, 9).long(), new_cache(model.config, B, 9, kind)
-    mask[1, : 2 * is_padded] = 0
-    with torch.no_grad():
-        whole = model(ids, mask if is_padded else None).logits
+@torch.no_grad()
+def test_kv_cache(models):
+    """Logits of chunks of nine ids, and of the last five once more, are those of one pass without a cache."""
+    model, ids = models[0], random_ids(models[0].config, length=9)
+    for chunks, padding in itertools.product(((5, 1, 3), (1, 1, 7), (9,), (2, 7)), (0, 2)):
+        cache, mask = new_cache(model.config, B, 9), torch.ones(B, 9).long()
+        mask[1, :padding] = 0
+        whole = model(ids, mask if padding else None).logits
         for start, end in [*itertools.pairwise(itertools.accumulate(chunks, initial=0)), (4, 9)]:
             cache.crop(start)
-            part = model(ids[:, start:end], mask[:, :end] if is_padded else None, cache=cache).logits
+            part = model(ids[:, start:end], mask[:, :end] if padding else None, cache=cache).logits
             kept = mask[:, start:end] == 1
             assert close(part[kept], whole[:, start:end][kept], 1e-5) and cache.length == end
-
-
-@pytest.mark.parametrize(("chunks", "is_padded"), every(
-    itertools.product(CHUNKS, (False, True)), [((5, 1, 3), False), ((1, 1, 7), True), ((2, 7), False)]))
-def test_kv_cache_chunks(models, chunks, is_padded):
-    check_chunks(models[0], KVCache, chunks, is_padded)
+    assert all(causal_mask(torch.arange(5 - T, 5), 5, None) is None for T in (1, 5))  # which SDPA does faster
+    assert causal_mask(torch.arange(9), 9, mask).any(-1).all()  # on a GPU, a row that sees nothing would be NaN
 
 
 @torch.no_grad()
@@ -618,35 +591,23 @@ def test_logits_and_loss_are_those_of_transformers(models):
     ours, theirs = models
     assert theirs.config.rope_parameters["rope_theta"] == ours.config.rope_theta  # parity of wrong ones is none
     ids, embeds = random_ids(ours.config), torch.randn(B, T, ours.config.hidden_size)
-    labels, mask, ones = ids.clone(), torch.ones(B, T).long(), torch.ones(B, T).long()
+    labels, mask = ids.clone(), torch.ones(B, T).long()
     labels[0, :20], mask[0, :13], mask[1, 60:] = -100, 0, 0
     a, b = ours(ids, labels=labels), theirs(ids, labels=labels)
     assert close(a.logits, b.logits) and close(a.loss, b.loss) and b.logits.std() > 0.3
     assert close(ours(ids, logits_to_keep=3).logits, b.logits[:, -3:])
     assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
-    assert close(ours.model(ids).last_hidden_state, theirs.model(ids).last_hidden_state)
     far, scattered = torch.arange(16000, 16000 + T)[None], torch.arange(T)[None] * 3
     assert close(ours(ids, position_ids=far).logits, theirs(ids, position_ids=far).logits)  # where angles are rounded
     # transformers takes a jump in position_ids for a new sequence, unless there is a mask
-    c = theirs(ids, position_ids=scattered, attention_mask=ones).logits
+    c = theirs(ids, position_ids=scattered, attention_mask=torch.ones_like(ids)).logits
     assert all(close(ours(ids, position_ids=p).logits, c) for p in (scattered, scattered.expand(B, T)))
     assert not close(b.logits, c, 1e-2)
     a, b = ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits
     assert a.isfinite().all() and close(a[mask == 1], b[mask == 1])
-    assert close(a[:1, 13:], ours(ids[:1, 13:]).logits) and close(a[1:, :60], ours(ids[1:, :60]).logits)
-
-
-def test_gradients(models):
-    ids = random_ids(models[0].config)
-    ids[1, 30:35] = 5  # pad_token_id of D16, whose embedding gets no gradient
-    for model in models:
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-    expected = dict(models[1].named_parameters())
-    for name, p in models[0].named_parameters():
-        size = expected[name].grad.abs().max().item()  # without QK-norm they are in the hundreds
-        assert size > 1e-4 and close(p.grad, expected[name].grad, 1e-4 * max(1.0, size)), name
-    assert (models[0].model.embed_tokens.weight.grad[5] == 0).all() == (models[0].config.pad_token_id == 5)
+    mask[0, 30:40] = 0  # positions do not count padding, wherever it is
+    kept = mask[0] == 1
+    assert close(ours(ids, mask).logits[:1, kept], ours(ids[:1, kept]).logits)
 
 
 @torch.no_grad()
@@ -657,26 +618,8 @@ def test_bfloat16_is_as_exact_as_transformers(models):
         rounded.load_state_dict(model.state_dict())
         rms.append((rounded.bfloat16()(ids).logits.float() - models[1](ids).logits).square().mean().sqrt().item())
     assert 0 < rms[0] <= 1.1 * rms[1], rms
-
-
-@pytest.mark.parametrize("which", ["hidden_dropout", "attention_dropout"])
-def test_dropout_is_where_transformers_has_it(folders, which):
-    """p = 1 drops everything, so training is deterministic, and differs from evaluation."""
-    folder, ids = folders["D64", "2023"], random_ids(CONFIGS["D64"])
-    ours, theirs = (load(folder, **{which: 1.0}) for load in (PersimmonForCausalLM.from_pretrained, oracle))
-    kept, dropped = ours(ids).logits, ours.train()(ids).logits
-    assert close(kept, theirs(ids).logits) and close(dropped, theirs.train()(ids).logits)
-    assert not close(dropped, kept, 0.1)
-
-
-def test_positions_do_not_count_padding(small, monkeypatch):
-    """The example in PersimmonModel.forward: "a b c" behind two of padding has positions 0 0 0 1 2."""
-    seen, ids, cache = [], random_ids(CONFIG, length=5), KVCache(CONFIG, 2, 5, torch.float32, "cpu")
-    monkeypatch.setattr(persimmon, "rope_tables", lambda ids, *a: seen.append(ids.tolist()) or rope_tables(ids, *a))
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    with torch.no_grad():
-        small(ids, mask), small(ids), small(ids[:, :3], mask[:, :3], cache=cache), small(ids[:, 3:], mask, cache=cache)
-    assert seen == [[[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]], [[0, 1, 2, 3, 4]], [[0, 0, 0], [0, 1, 2]], [[1, 2], [3, 3]]]
+    exact, tables = (rope_tables(torch.tensor([[7, 4001]]), CONFIG, t) for t in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(exact, tables))  # the angles are not rounded
 
 
 @torch.no_grad()
@@ -699,14 +642,10 @@ def test_forward_refuses_inputs_that_do_not_fit(small):
                 small(*arguments)
     assert cache.length == 6
     small(ids[:, :3], cache=cache)  # there is room for these
-
-
-def test_training_in_float16_is_refused(small):
-    ids, model = random_ids(CONFIG), small.half()
     with pytest.raises(ValueError, match="float16 .* use bfloat16"):
-        model.train()(ids, labels=ids)
-    assert model.eval()(ids, labels=ids).loss.dtype == torch.float32
-    assert model.bfloat16().train()(ids, labels=ids).loss.isfinite()
+        small.half().train()(ids)
+    assert small.eval()(ids, labels=ids).loss.dtype == torch.float32
+    assert small.bfloat16().train()(ids).logits.isfinite().all()
 
 
 def test_gradient_checkpointing():
@@ -724,13 +663,10 @@ def test_gradient_checkpointing():
 
 
 # --- the shape comments, executed ------------------------------------------------------------------------------------
-
-
 def letters_of(scope: dict) -> dict[str, int]:
     """The sizes that the variables of a function give to letters; a variable that is a letter counts most."""
-    found, own = {}, scope.get("self")
-    if {"config", "N"} <= scope.keys():  # of a cache
-        found = {"L": scope["config"].num_hidden_layers}
+    own, is_of_a_cache = scope.get("self"), {"config", "N"} <= scope.keys()
+    found = {"L": scope["config"].num_hidden_layers} if is_of_a_cache else {}
     if isinstance(own, QuantizedLinear):
         found = {"C": own.in_features, "O": own.out_features, "blocks": len(getattr(own, "weight", ()))}
     for name, axes in (("weight", "OC"), ("position_ids", "BT"), ("input_ids", "BT"), ("ids", "BT"), ("x", "BTC")):
@@ -740,21 +676,14 @@ def letters_of(scope: dict) -> dict[str, int]:
 
 
 def test_shape_comments(small, monkeypatch):
-    """Run the model under a tracer that compares what each commented line has assigned with what it says.
-
-    Letters are looked up in the variables there and in the callers'; no two sizes are equal.
-    """
-    shape, source, tree = r"\(((?:[0-9A-Z*/+, ]|bags|blocks)+)\)", SOURCE.splitlines(), ast.parse(SOURCE)
-    kernels = next(node for node in tree.body if getattr(node, "name", "") == "triton_kernels")
-    in_kernels, claims, checked = range(kernels.lineno, kernels.end_lineno + 1), {}, set()
-    for node in ast.walk(tree):  # first line of an assignment -> its last, the variables, the axes in the comment
-        claim = re.search("#.*?" + shape, source[node.end_lineno - 1]) if isinstance(node, ast.Assign) else None
-        if claim and node.lineno not in in_kernels:
+    """A tracer compares what each commented line has assigned with what it says, by variables there and in callers."""
+    source, claims, checked = SOURCE.splitlines(), {}, set()
+    parts = [part for part in ast.parse(SOURCE).body if getattr(part, "name", "") != "triton_kernels"]
+    for node in itertools.chain.from_iterable(map(ast.walk, parts)):
+        claim = re.search(r"#.*?\(((?:[0-9A-Z*/+, ]|bags|blocks)+)\)", source[getattr(node, "end_lineno", 1) - 1])
+        if claim and isinstance(node, ast.Assign):  # by line: the last one, the variables, the axes in the comment
             variables = map(ast.unparse, getattr(node.targets[0], "elts", node.targets))
             claims[node.lineno] = node.end_lineno, [*variables], [*filter(None, claim[1].replace(" ", "").split(","))]
-    # every comment that begins with a shape stands on such a line, but in Triton's kernels and for fields of a class
-    code = {n for n, line in enumerate(source, 1) if re.search(r"^(?!    \w+: ).*[^ ] +# " + shape, line)}
-    assert {end for end, _, _ in claims.values()} == code - {*in_kernels} and len(claims) > 40
 
     def trace(frame, event, _, last=0):
         """Checks what line `last` has assigned when its frame goes on to another line."""
@@ -786,7 +715,7 @@ def test_shape_comments(small, monkeypatch):
             small(ids, labels=ids, cache=cache), small(ids[:, :5], cache=cache)
             quantize_model(copy.deepcopy(small), "int8")(ids)
             Int4Linear(torch.nn.Linear(64, 128), 32)(torch.zeros(1, 64))
-            for head in (PersimmonForSequenceClassification, PersimmonForTokenClassification):
+            for head in HEADS[1:]:
                 head(CONFIG).eval()(ids)
         without_gpu(monkeypatch)  # and with kernels that do nothing
         monkeypatch.setattr(persimmon, "triton_kernels", lambda: [{(2 * 3, 5, 1): lambda *_, **__: None}] * 2)
@@ -794,12 +723,10 @@ def test_shape_comments(small, monkeypatch):
         fused_attend(layer, torch.zeros(2, 5, 144), rope, None, cache)
     finally:
         sys.settrace(None)
-    assert checked == {*claims}, f"never run: lines {sorted({*claims} - checked)}"
+    assert len(claims) > 40 and checked == {*claims}, f"never run: lines {sorted({*claims} - checked)}"
 
 
 # --- sampling and generation -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("V", "spread", "options", "is_short"), [
     (9, 2.0, {"temperature": 0.5, "min_p": 0.3}, True), (5000, 2.0, {}, True), (5000, 4.0, {"top_k": 1024}, False),
     (9, 2.0, {"temperature": 0.5, "top_k": 6, "top_p": 0.9, "min_p": 0.05}, False), (5000, 4.0, {"top_p": 0.9}, True),
@@ -807,7 +734,6 @@ def test_shape_comments(small, monkeypatch):
     (5000, 4.0, {"top_k": 900, "min_p": 1e-4}, True)])
 def test_sample(monkeypatch, V, spread, options, is_short):
     """Inverse-CDF sampling from what transformers' filters leave; of a large vocabulary it sorts a part where it can.
-
     In 16 bit there are many ties, of which the first are likelier here. A row does not depend on the others.
     """
     logits, sizes, sort = (torch.randn(2, V) * spread).bfloat16().float(), [], torch.Tensor.sort
@@ -815,8 +741,7 @@ def test_sample(monkeypatch, V, spread, options, is_short):
     for name, warper in (("temperature", TemperatureLogitsWarper), ("top_k", TopKLogitsWarper),
                          ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         scores = warper(options[name])(None, scores) if name in options else scores
-    is_sorted = "top_k" in options or "top_p" in options
-    ids = scores.argsort(descending=True) if is_sorted else torch.arange(V).expand(2, V)
+    ids = scores.argsort(descending=True) if {"top_k", "top_p"} & {*options} else torch.arange(V).expand(2, V)
     cumsum = scores.softmax(-1).gather(1, ids).cumsum(-1)
     monkeypatch.setattr(torch.Tensor, "sort", lambda x, *a, **b: sizes.append(x.shape[-1]) or sort(x, *a, **b))
     for seed in range(20):
@@ -838,22 +763,15 @@ def test_sample_ties_and_limits():
 
 
 def test_engine_for(small, monkeypatch):
-    """One engine stays with the model; none of Part III in training, under autocast, with fast = False, in copies."""
-    def kind() -> type[Engine]:
-        return type(engine_for(small))
-
+    """One engine stays with the model; none of Part III in training, under autocast, with fast = False."""
     monkeypatch.setitem(persimmon.ENGINES, "cpu", CudaEngine)
-    assert kind() is CudaEngine and engine_for(small) is engine_for(small) and engine_for(small).model is small
-    assert copy.deepcopy(small).engine is pickle.loads(pickle.dumps(small)).engine is None
+    engine = engine_for(small)
+    assert type(engine) is CudaEngine and engine_for(small) is engine and engine.model is small
     with torch.autocast("cpu", torch.bfloat16):
-        assert kind() is Engine
-    assert (small.train() and kind()) is Engine and (small.eval() and kind()) is CudaEngine
+        assert type(engine_for(small)) is Engine
+    assert type(engine_for(small.train())) is Engine and type(engine_for(small.eval())) is CudaEngine
     engine, small.fast = weakref.ref(engine_for(small)), False
-    assert kind() is Engine and engine() is None
-    small.fast = True
-    assert kind() is CudaEngine
-    del persimmon.ENGINES["cpu"]
-    assert kind() is Engine
+    assert type(engine_for(small)) is Engine and engine() is None
 
 
 def test_greedy_tokens_are_those_of_transformers(pair):
@@ -869,20 +787,20 @@ def test_greedy_tokens_are_those_of_transformers(pair):
     assert len({*text}) == len({*text[:20]}) + 20
 
 
-@pytest.mark.parametrize("temperature", every([0.0, 0.7], [0.7]))
-def test_a_row_does_not_depend_on_its_batch(pair, temperature):
+def test_a_row_does_not_depend_on_its_batch(pair):
     """Nor on where pad_left finds its padding; log-probabilities are the model's, before penalty and filters."""
-    model, options = pair[0], dict(max_new_tokens=20, temperature=temperature, repetition_penalty=1.2, top_p=0.9)
-    ids, mask = random_ids(model.config, 4, 11), torch.zeros(4, 11).long()
+    model, options = pair[0], dict(max_new_tokens=20, temperature=0.7, repetition_penalty=1.2, top_p=0.9)
+    ids, mask, state = random_ids(model.config, 4, 11), torch.zeros(4, 11).long(), torch.get_rng_state()
     mask[0], mask[1, 8:], mask[2, [2, 4, 5]], mask[3, :8] = 1, 1, 1, 1
-    together, other = (list(generate(model, ids, mask, seed=seed, **options)) for seed in (4, 400))
+    together, *others = (list(generate(model, ids, mask, seed=seed, **options)) for seed in (4, 400, None, None))
     for b in range(4):
         row = [step.tokens[b] for step in together]
         text = torch.cat((ids[b, mask[b] == 1], torch.tensor(row)))[None]
         assert row == [step.tokens[0] for step in generate(model, text[:, :-20], seed=4 + b, **options)]
-        assert (row != [step.tokens[b] for step in other]) == (temperature > 0)
+        assert len({tuple(row), *(tuple(step.tokens[b] for step in other) for other in others)}) == 4
         logprobs = model(text).logits[0, -21:-1].log_softmax(-1)[range(20), row]
         assert close(torch.tensor([step.logprobs[b] for step in together]), logprobs)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", ["plain", "CPU", "CUDA"])
@@ -890,8 +808,9 @@ def test_a_conversation_computes_only_what_is_new(small, monkeypatch, kind):
     """Answers in one cache are those of fresh runs, also from a branch of it; nothing beyond the end is looked at."""
     use_engine(monkeypatch, small, kind)
     text, more, five = random_ids(CONFIG, 1, 9), random_ids(CONFIG, 3, 3), {"max_new_tokens": 5}
-    cache, passes = engine_for(small).make_cache(1, 60), count_passes(small)
+    cache, passes = engine_for(small).make_cache(1, 60), []
     cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
+    small.model.layers[0].register_forward_hook(lambda module, args, y: passes.append(y.shape[1]))
     for turn in range(3):
         passes.clear()
         answer = small.generate(text, cache=cache, **five)  # whose last token is read in the next turn
@@ -902,8 +821,6 @@ def test_a_conversation_computes_only_what_is_new(small, monkeypatch, kind):
         assert torch.equal(small.generate(text, cache=branch, **five), small.generate(text, **five))
     with pytest.raises(ValueError, match="a cache of 29 needs a longer, unpadded prompt: not 29"):
         small.generate(text[:, :29], cache=cache)
-    assert [step.finish_reasons for step in generate(small, text, cache=cache)][-1] == ["context"]  # the cache's: 60
-    assert 59 <= cache.length <= cache.keys.shape[3]
 
 
 def test_stop_ids_and_padding(small):
@@ -925,14 +842,19 @@ def test_stop_ids_and_padding(small):
 
 
 def test_lengths_and_the_context_limit(small):
-    ids, mask = random_ids(CONFIG, length=157), torch.ones(2, 157).long()
+    ids, mask, six = random_ids(CONFIG, length=157), torch.ones(2, 157).long(), {"max_new_tokens": 6}
     mask[1, :10] = 0
     reasons = zip(*(step.finish_reasons for step in generate(small, ids, mask)))  # each row has a context of its own
     assert [*map(list, reasons)] == [[None] * 2 + ["context"] * 11, [None] * 12 + ["context"]]
-    assert [step.finish_reasons for step in generate(small, ids, max_new_tokens=3)][-1] == ["length", "length"]
     full = small.generate(ids[:, :7])
     assert full.shape == small.generate(random_ids(CONFIG, length=159)).shape == (2, 160)  # not 207, by default
     assert torch.equal(small.generate(ids[:, :7].short(), max_length=12), full[:, :12])
+    prompt = ids[:, :16], mask[:, :16]
+    expected = list(generate(small, *prompt, **six))  # whose last token needs no room in a cache
+    assert list(generate(small, *prompt, cache=new_cache(CONFIG, 2, 21), **six)) == expected
+    short = list(generate(small, *prompt, cache=new_cache(CONFIG, 2, 20), **six))
+    assert [s.tokens for s in short] == [s.tokens for s in expected[:5]]
+    assert short[-1].finish_reasons == ["context"] * 2
 
 
 def test_generate_refuses(small):
@@ -951,133 +873,48 @@ def test_generate_refuses(small):
         with pytest.raises(ValueError, match=message):
             small.generate(**{"input_ids": random_ids(CONFIG, length=3), **arguments})
     small.lm_head.weight.data[3] = math.nan
-    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.5}):
-        with pytest.raises(FloatingPointError, match="token 1: the logits are NaN"):
-            small.generate(random_ids(CONFIG), **options)
-
-
-def test_another_default_device(folder, monkeypatch):
-    """A model that is loaded onto the CPU stays and works there ("meta" stands for a GPU)."""
-    use_cpu_engine(monkeypatch)
-    ids, mask, found = random_ids(CONFIG, length=7), torch.ones(2, 7).long(), []
-    mask[0, :3] = 0
-    for place in ("cpu", "meta"):
-        with torch.device(place), pytest.warns(UserWarning, match="has no score.bias and score.weight"):
-            head = PersimmonForTokenClassification.from_pretrained(folder).score
-            found.append(PersimmonForCausalLM.from_pretrained(folder).generate(ids, mask, max_new_tokens=9))
-        assert head.weight.device.type == head.bias.device.type == "cpu"
-    assert torch.equal(*found)
+    for dtype, cause, options in (
+            ("float32", "are the", {}), ("float32", "are the", {"temperature": 1.0, "top_k": 3}),
+            ("bfloat16", "are the", {"temperature": 1.0, "top_p": 0.5}), ("float16", "use bf", {"temperature": 1.0})):
+        with pytest.raises(FloatingPointError, match=f"token 1: the logits are NaN in torch.{dtype}: {cause}"):
+            small.to(getattr(torch, dtype)).generate(random_ids(CONFIG), **options)
 
 
 # --- what other libraries and habits ask of it -----------------------------------------------------------------------
-
 SHORT = replace(CONFIG, num_hidden_layers=1)
-HEADS = (PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification)
 
 
-def test_what_others_ask_of_file_and_model(small):
-    public: dict = {}
-    exec("from persimmon import *", public)
-    assert public.keys() - {"__builtins__"} == {*persimmon.__all__} >= {
-        "KVCache", "PersimmonConfig", "PersimmonModel", "StreamDecoder", "Tokenizer", "chat_prompt", "generate",
-        "load_config", *(kind.__name__ for kind in HEADS)}  # fmt: skip
-    assert (small.device, small.dtype) == (torch.device("cpu"), torch.float32)
-    small.config.use_cache = True  # as transformers' Trainer has it
-    assert (small.to("meta").device.type, small.bfloat16().model.dtype) == ("meta", torch.bfloat16)
-
-
-def test_without_a_seed_each_text_is_new(small):
-    ids, before, options = random_ids(CONFIG, 1, 5), torch.get_rng_state(), {"max_new_tokens": 30, "temperature": 1.0}
-    assert len({tuple(small.generate(ids, **options)[0].tolist()) for _ in range(3)}) == 3
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("padding", [0, 3])
-def test_a_cache_of_ones_own(small, padding):
-    """The last token needs no room in it, also where rows are padded."""
-    ids, mask = random_ids(CONFIG, length=7), torch.ones(2, 7, dtype=torch.long)
-    mask[1, :padding] = 0
-    expected = list(generate(small, ids, mask, max_new_tokens=6))
-    for room in (12, 40):
-        cache = new_cache(CONFIG, 2, room)
-        assert list(generate(small, ids, mask, max_new_tokens=6, cache=cache)) == expected
-    short = list(generate(small, ids, mask, max_new_tokens=6, cache=new_cache(CONFIG, 2, 11)))
-    assert [s.tokens for s in short] == [s.tokens for s in expected[:5]] and short[-1].finish_reasons == ["context"] * 2
-
-
-@pytest.mark.parametrize(("dtype", "cause"), [("float16", "use bfl"), ("bfloat16", "are the"), ("float32", "are the")])
-def test_nan_has_a_cause_by_dtype(small, dtype, cause):
-    small.lm_head.weight.data[3] = math.nan
-    with pytest.raises(FloatingPointError, match=f"token 1: the logits are NaN in torch.{dtype}: {cause}"):
-        next(generate(small.to(getattr(torch, dtype)), random_ids(CONFIG)))
-
-
-class OnlyLinear(torch.Tensor):
-    """A weight as torchao's: of all products, F.linear alone can do it."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function.__name__ in ("detach", "requires_grad_"):  # what nn.Parameter calls
-            return super().__torch_function__(function, types, args, kwargs)
-        if function.__name__ not in ("linear", "__get__", "is_contiguous"):
-            raise NotImplementedError(function.__name__)
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("way", ["subclass", "all offloaded", "all but the embedding", "all but the head"])
-def test_weights_that_are_elsewhere_or_special(small, monkeypatch, way):
-    """Offloaded as accelerate does it: a weight is on meta, and a replaced `forward` brings it in."""
+def test_offloaded_weights(small, monkeypatch):
+    """As accelerate does it: a weight is on meta, but while its module runs."""
     use_cpu_engine(monkeypatch)
     ids, mask = random_ids(CONFIG, length=7), torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
-    expected = small.generate(ids, mask, max_new_tokens=6), small.generate(ids[:1], max_new_tokens=6)  # and tables
-    kept = {"all but the embedding": small.model.embed_tokens, "all but the head": small.lm_head}.get(way)
-    for m in [m for m in small.modules() if m._parameters and m is not kept]:
-        if way == "subclass" and type(m) is torch.nn.Linear:
-            m.weight = torch.nn.Parameter(m.weight.detach().as_subclass(OnlyLinear), False)
-        elif way != "subclass":
-            real = {n: p for n, p in m._parameters.items() if p is not None}
-            empty = {n: torch.nn.Parameter(p.to("meta")) for n, p in real.items()}
-
-            def forward(*args, m=m, real=real, empty=empty, plain=m.forward):
-                m._parameters.update(real)
-                try:
-                    return plain(*args)
-                finally:
-                    m._parameters.update(empty)
-
-            m._parameters.update(empty)
-            m.forward = forward
-    assert torch.equal(small.generate(ids, mask, max_new_tokens=6), expected[0])
-    assert torch.equal(small.generate(ids[:1], max_new_tokens=6), expected[1])
+    prompts = (ids, mask), (ids[:1],)
+    expected = [small.generate(*prompt, max_new_tokens=6) for prompt in prompts]  # which makes tables
+    for m in small.modules():
+        real = {name: p for name, p in m._parameters.items() if p is not None}
+        empty = {name: torch.nn.Parameter(p.to("meta")) for name, p in real.items()}
+        m._parameters.update(empty)
+        m.register_forward_pre_hook(lambda m, _, real=real: m._parameters.update(real))
+        m.register_forward_hook(lambda m, *_, empty=empty: m._parameters.update(empty))
+    assert all(torch.equal(small.generate(*prompt, max_new_tokens=6), y) for prompt, y in zip(prompts, expected))
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_to_empty_and_init_weights(kind):
-    with torch.device("meta"):
-        model = kind(CONFIG)
-    for p in model.to_empty(device="cpu").parameters():
-        p.data.fill_(math.nan)
-    model.init_weights()
-    for name, p in model.named_parameters():
-        one = float("norm" in name and "weight" in name)
-        assert 0.014 < p.std() < 0.026 if p.dim() == 2 else (p == one).all(), name
-    assert not model.model.embed_tokens.weight[5].any()  # pad_token_id
-
-
-def test_another_default_dtype():
-    """Nothing is counted in the default dtype: bfloat16 knows no 257."""
-    ids, made = random_ids(SHORT, 1, 700), {}
-    models = [randomize(kind(replace(SHORT, pad_token_id=None))).eval() for kind in HEADS]
-    for dtype in (torch.float32, torch.bfloat16):
+def test_other_defaults(monkeypatch):
+    """Nothing is made on the default device (here "meta") or counted in the default dtype: bfloat16 knows no 257."""
+    use_cpu_engine(monkeypatch)
+    ids, made, models = random_ids(SHORT, 2, 700), [], [randomize(kind(SHORT)).eval() for kind in HEADS]
+    ids[0, 690:], mask = SHORT.pad_token_id, (ids[:, :140] > 20).long()
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
         torch.set_default_dtype(dtype)
         try:
-            made[dtype] = [m(ids[:, :n]).logits for m in models for n in (64, 258, 700)]
-            made[dtype] += [m(inputs_embeds=m.model.embed_tokens(ids)).logits for m in models]
-            made[dtype].append(models[0].generate(ids[:, :140], max_new_tokens=9))
+            with torch.device(device):
+                made.append([m(ids[:, :n]).logits for m in models for n in (64, 258, 700)])
+                made[-1] += [m(inputs_embeds=m.model.embed_tokens(ids)).logits for m in models]
+                for models[0].fast in (False, True):
+                    made[-1].append(models[0].generate(ids[:, :140], mask, max_new_tokens=9))
         finally:
             torch.set_default_dtype(torch.float32)
-    assert all(map(torch.equal, *made.values()))
+    assert all(map(torch.equal, *made))
 
 
 @pytest.mark.parametrize(("kind", "padded"), [*zip((HEADS[0], *HEADS), (False, True, True, False))])
@@ -1085,62 +922,25 @@ def test_compiled_and_exported_over_lengths(kind, padded):
     """One graph for the first length and one for all others; an exported program takes any length."""
     torch._dynamo.reset()
     model, ids, graphs = randomize(kind(SHORT)).eval(), random_ids(SHORT, 2, 90), CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    compile = partial(torch.compile, fullgraph=True, backend=graphs)
 
     def inputs(n):
         return ids[:, :n].clone(), *[(torch.arange(n) > torch.tensor([[-1], [2]])).long()] * padded
 
     with torch.no_grad():
+        compiled = compile(model)
         assert all(close(compiled(*inputs(n)).logits, model(*inputs(n)).logits) for n in (9, 5, 17, 80))
         shapes = ({1: torch.export.Dim("T")},) * (1 + padded)
         program = torch.export.export(model, inputs(9), dynamic_shapes=shapes, strict=padded).module()
         assert close(program(*inputs(80))[1], model(*inputs(80)).logits) and graphs.frame_count <= 3
-
-
-def test_generate_with_a_compiled_forward():
-    torch._dynamo.reset()
-    model, graphs = randomize(PersimmonForCausalLM(SHORT)).eval(), CompileCounter()
-    ids, mask = random_ids(SHORT, length=7), torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
-    expected = model.generate(ids, mask, max_new_tokens=20)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend=graphs)
-    assert torch.equal(model.generate(ids, mask, max_new_tokens=20), expected) and graphs.frame_count <= 3
+    if kind is PersimmonForCausalLM:
+        expected, graphs.frame_count = model.generate(*inputs(7), max_new_tokens=20), 0
+        model.forward = compile(model.forward)
+        assert torch.equal(model.generate(*inputs(7), max_new_tokens=20), expected) and graphs.frame_count <= 3
 
 
 # === Part II. Around the model =======================================================================================
 # --- config.json -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("message", "changes"), [
-    ("config key .* is not supported: a Persimmon checkpoint has", [
-        {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
-        {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
-        {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}]),
-    ("hidden_size = 49 is not a multiple", [{"hidden_size": 49}]), ("is not an object", [{"rope_parameters": [1]}]),
-    ("config key .* = (True is not of type int|5 is not of type str)", [{"hidden_size": True}, {"dtype": 5}]),
-    ("is not from (1|1e-30) to 2684", [{"num_hidden_layers": 0}, {"vocab_size": 10**30}, {"rope_theta": math.inf}]),
-    ("is not from 0 to 1", [{"hidden_dropout": 1.5}, {"hidden_dropout": math.nan}, {"classifier_dropout": -0.1}]),
-    ("config key pad_token_id = 97 is not in the vocabulary of 97", [{"pad_token_id": 97}]),
-    ("partial_rotary_factor: RoPE can't", [{"partial_rotary_factor": factor} for factor in (0.2, 0.01, 1.5)]),
-    ("config key .* is none of (bfloat16, float16, float32|regression, single)", [
-        {"problem_type": "guess"}, {"torch_dtype": "int8"}]),
-    ("is not valid JSON", ["{", "\xff", "[" * 10**5]), ("has to hold a JSON object, not a list", ["[]"])])  # fmt: skip
-def test_config_refuses(folder, message, changes):
-    file = folder / "config.json"
-    raw = json.loads(file.read_text())
-    for change in changes:
-        file.write_text(change if isinstance(change, str) else json.dumps({**raw, **change}), encoding="latin-1")
-        with pytest.raises(ValueError, match=rf"\A.*{message}.*\Z"):  # in one line
-            load_config(folder)
-
-
-def test_config_checks_every_field():
-    """What __post_init__ does not: a field that is new in PersimmonConfig needs a row in CONFIG_FIELDS."""
-    for field in fields(PersimmonConfig):
-        with pytest.raises(ValueError, match=f"config key {field.name} = .* is not of type"):
-            checked_config(**{field.name: ()})
-    with pytest.raises(ValueError, match="num_labels = 3, but id2label has 1 labels"):
-        checked_config(num_labels=3, id2label={"0": "a"})
-
-
 @pytest.mark.parametrize("form", ["2023", "transformers 5", "own"])
 def test_config_survives_a_round_trip(tmp_path, form):
     odd = replace(CONFIG, rope_theta=1000.0, partial_rotary_factor=0.25, layer_norm_eps=1e-3, qk_layernorm=False,
@@ -1150,11 +950,12 @@ def test_config_survives_a_round_trip(tmp_path, form):
     if form == "own":
         (tmp_path / "config.json").write_text(json.dumps(config_to_dict(odd)))
     theirs = transformers.PersimmonConfig.from_pretrained(tmp_path)
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
-    assert list(theirs.id2label.values()) == ["sad", "glad", "mad"]
     theirs.save_pretrained(tmp_path / "theirs")
     assert load_config(tmp_path / "theirs") == load_config(tmp_path) == odd
-    # null is the default, or a value of its own; what changes no result is ignored
+    # the defaults are the 8B's, so transformers' but for these; null is the default, or a value of its own
+    transformers.PersimmonConfig(bos_token_id=71013, eos_token_id=71013, rope_parameters={
+        "rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}).save_pretrained(tmp_path)
+    assert load_config(tmp_path) == PersimmonConfig()
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "persimmon", "rope_scaling": None, "hidden_size": None, "hidden_dropout": 0, "use_cache": 1,
         "bos_token_id": None, "quantization": {"quantize": "int8"}, "rope_parameters": {"type": None}}))  # fmt: skip
@@ -1163,6 +964,8 @@ def test_config_survives_a_round_trip(tmp_path, form):
 
 # --- loading and saving ----------------------------------------------------------------------------------------------
 WHOLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+SAVED, TOKENIZER = {"config.json", "generation_config.json", WHOLE}, "tokenizer_config.json"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
@@ -1172,51 +975,87 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Non
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, folder / WHOLE)
 
 
-@pytest.mark.parametrize(("file", "damage", "message"), [
-    (WHOLE, {"model.final_layernorm.bias": None}, r"model lacks the tensor final_layernorm.bias \(1 in all\)"),
-    (WHOLE, {"model.x": torch.ones(9)}, "model has the tensor x, which is not in a PersimmonForCausalLM of"),
-    (WHOLE, {"lm_head.weight": torch.ones(9)}, rf"{WHOLE} .* lm_head.weight in shape \(9,\): .* makes it \(97, 48\)"),
-    (WHOLE, {"lm_head.weight": torch.ones(97, 48).char()}, "weight as torch.int8: config.json makes it torch.float32"),
-    (WHOLE, {"final_layernorm.bias": torch.ones(48)}, "has tensors twice, with and without `model.`"),
-    (WHOLE, lambda data: data[:-100], f"{WHOLE} is cut off, damaged"), (SHARD, lambda data: b"", f"{SHARD} is cut off"),
-    (WHOLE, None, f"no {WHOLE} or {INDEX}: convert .bin files with `python convert.py .*model .*model-safetensors`"),
-    (SHARD, None, f"in {SHARD}, not a file of its folder"), ("config.json", None, "no file .*config.json: "),
-    (INDEX, lambda data: data.replace(b"-00002-", b"-00001-"), f"{SHARD} lacks the tensor .*, which the index places"),
-    (INDEX, lambda data: b"{}", "has no weight_map"), (INDEX, lambda data: b'{"weight_map": {"a": 1}}', "weight_map"),
-    ("", {"dtype": "float8"}, "dtype float8 is not supported: use one of bfloat16, float16, float32"),
-    ("", {"dtype": torch.float64}, "dtype float64 is not"), ("", {"dtype": None}, "dtype None is not"),
-    ("", {"hidden_dropout": 2}, "hidden_dropout = 2 is not from 0 to 1"), ("", {"num_lables": 3}, "num_lables"),
-    ("", {"folder": "no"}, "there is no folder no"), ("", {"quantize": "int3"}, "'int3' .* has int8 and int4"),
-    ("", {"sparse": 0}, "from_pretrained has no sparse= any more: see model.fast")])  # fmt: skip
-def test_loading_refuses(folder, file, damage, message):
-    """A damaged file of a folder, which has shards for SHARD and INDEX; or, without a file, an option."""
-    if file in (SHARD, INDEX):
-        oracle(folder).save_pretrained(folder, max_shard_size="200KB")
-        (folder / WHOLE).unlink()
-    if file and isinstance(damage, dict):
-        change_tensors(folder, damage)
-    elif file and damage:
-        (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    elif file:
-        (folder / file).unlink()
-    errors = (ValueError, TypeError, FileNotFoundError) if damage else FileNotFoundError
-    with pytest.raises(errors, match=rf"\A.*{message}.*\Z"):
-        PersimmonForCausalLM.from_pretrained(**{"folder": folder, **({} if file else damage)})
+def edit(file: Path, **changes) -> None:
+    """Change keys of a JSON file."""
+    raw = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(raw | changes))
 
 
-def shard(folder: Path) -> dict:
-    """Its weights in shards; returns the index."""
+def shard(folder: Path) -> None:
+    """Puts its weights in shards."""
     oracle(folder).save_pretrained(folder, max_shard_size="200KB")
     (folder / WHOLE).unlink()
-    return json.loads((folder / INDEX).read_text())
 
 
-def test_loading(folder, small):
+REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part of the message; what is changed
+    (WHOLE, r"model lacks the tensor final_layernorm.bias \(1 in all\)", {"model.final_layernorm.bias": None}),
+    (WHOLE, "model has the tensor x, which is not in a PersimmonForCausalLM of", {"model.x": torch.ones(9)}),
+    (WHOLE, rf"{WHOLE} .* lm_head.weight in shape \(9,\): .* makes it \(97, 48\)", {"lm_head.weight": torch.ones(9)}),
+    (WHOLE, "as torch.int8: config.json makes it torch.float32", {"lm_head.weight": torch.ones(97, 48).char()}),
+    (WHOLE, "has tensors twice, with and without `model.`", {"final_layernorm.bias": torch.ones(48)}),
+    (WHOLE, f"{WHOLE} is cut off, damaged", lambda data: data[:-100]), (SHARD, f"{SHARD} is cut off", lambda data: b""),
+    (WHOLE, f"{WHOLE} is a pointer of Git LFS", lambda data: LFS.encode()),
+    (WHOLE, f"no {WHOLE} or {INDEX}: convert .bin files with `python convert.py .*model .*model-safetensors`", None),
+    (SHARD, f"in {SHARD}, not a file of its folder", None), ("config.json", "no file .*config.json: ", None),
+    (INDEX, f"{SHARD} lacks the tensor .*, which the index", lambda data: data.replace(b"-00002-", b"-00001-")),
+    *((INDEX, f"in {place}, not a file of its", lambda data, place=place: data.replace(SHARD.encode(), place.encode()))
+      for place in (f"../model/{SHARD}", str(TINY / WHOLE))),
+    (INDEX, "has no weight_map", lambda data: b"{}", lambda data: b'{"weight_map": {"a": 1}}'),
+    ("config.json", "is not valid JSON", lambda data: b"{", lambda data: b"\xff", lambda data: b"[" * 10**5),
+    ("config.json", "has to hold a JSON object, not a list", lambda data: b"[]"),
+    ("config.json", "too few for config.json's 100000 layers", {"num_hidden_layers": 100000}),
+    ("config.json", "config key .* is not supported: a Persimmon checkpoint has",
+     {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
+     {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
+     {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
+     {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}),
+    ("config.json", "not a multiple of 3", {"hidden_size": 49}), ("config.json", "not an object", {"rope_scaling": [1]}),
+    ("config.json", "key .* = (True is not of type int|5 is not of type str)", {"hidden_size": True}, {"dtype": 5}),
+    ("config.json", "is not from (1|1e-30) to ",
+     {"num_hidden_layers": 0}, {"vocab_size": 10**30}, {"rope_theta": math.inf}, {"num_labels": 2**27}),
+    ("config.json", "0 to 1", {"hidden_dropout": 1.5}, {"hidden_dropout": math.nan}, {"classifier_dropout": -0.1}),
+    ("config.json", "config key pad_token_id = 97 is not in the vocabulary of 97", {"pad_token_id": 97}),
+    ("config.json", "RoPE can't", *({"partial_rotary_factor": factor} for factor in (0.2, 0.01, 1.5))),
+    ("config.json", "is none of (bfloat16, float16|regression)", {"problem_type": "guess"}, {"torch_dtype": "int8"}),
+    ("config.json", "key eos_token_id = .* is not",
+     *({"eos_token_id": i} for i in (10**30, -5, [3, -5], [3, "a"], [True], [None]))),
+    ("config.json", r"quantize = '(\[\]|None)' for .* has int8 and int4",
+     *({"quantization_config": {"quant_method": "persimmon.py", "quantize": kind}} for kind in ([], None))),
+    ("generation_config.json", r"eos_token_id = \[536870912\]", {"eos_token_id": [2**29]}),
+    ("", "use one of bfloat16, float16, float32", {"dtype": "float8"}, {"dtype": torch.float64}, {"dtype": None}),
+    ("", "hidden_dropout = 2 is not from 0 to 1", {"hidden_dropout": 2}), ("", "num_lables", {"num_lables": 3}),
+    ("", "num_labels = 3, but id2label has 1 labels", {"num_labels": 3, "id2label": {"0": "a"}}),
+    ("", "there is no folder no", {"folder": "no"}), ("", "'int3' .* has int8 and int4", {"quantize": "int3"}),
+    ("", "from_pretrained has no sparse= any more: see model.fast", {"sparse": 0})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "message", "change"), [(*row[:2], change) for row in REFUSED for change in row[2:]])
+def test_loading_refuses(folder, monkeypatch, file, message, change):
+    """Other tensors, keys or bytes in a file, or a folder in its place (None); options. Config first, then a model."""
+    if file in (SHARD, INDEX):
+        shard(folder)
+    if file.endswith("config.json"):
+        monkeypatch.setattr(persimmon.Block, "__init__", Mock(side_effect=AssertionError("a model is built too early")))
+    if change is None:
+        (folder / file).unlink(), (folder / file).mkdir()
+    elif callable(change):
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
+    elif file == WHOLE:
+        change_tensors(folder, change)
+    elif file:
+        edit(folder / file, **change)
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=rf"\A.*{message}.*\Z"):  # in one line
+        PersimmonForCausalLM.from_pretrained(**{"folder": folder, **({} if file else change)})
+
+
+def test_loading(folder, small, monkeypatch):
     """From shards; mapped, so that training changes no file; without `model.` in the names; inv_freq is left out."""
     shard(folder)
     ids, done, before = random_ids(CONFIG), [], (folder / SHARD).read_bytes()
     model = PersimmonForCausalLM.from_pretrained(folder, hidden_dropout=0.5, progress=done.append)
     assert torch.equal(model(ids).logits, small(ids).logits) and model.config.hidden_dropout == 0.5
+    monkeypatch.chdir(folder.parent)
+    assert PersimmonForCausalLM.from_pretrained("model").folder == folder  # which does not change with the directory
     assert done == sorted(done) and len(done) == len(model.state_dict()) and done[-1] == 1.0
     assert not model.training and all(p.is_contiguous() and p.requires_grad for p in model.parameters())
     assert str(folder / SHARD) in Path("/proc/self/maps").read_text()
@@ -1229,26 +1068,29 @@ def test_loading(folder, small):
         assert torch.equal(bare(ids).last_hidden_state, small.model(ids).last_hidden_state)
         bare.save_pretrained(folder)  # under names without `model.`
         change_tensors(folder, {f"{prefix}rotary_emb.inv_freq": torch.ones(4)})
-    with pytest.warns(UserWarning, match="model has no lm_head.weight for a PersimmonForCausalLM: new, random"):
-        PersimmonForCausalLM.from_pretrained(folder)
+
+
+def is_saved(model: torch.nn.Module, folder: Path) -> bool:
+    loaded = type(model).from_pretrained(folder).state_dict()
+    return all(torch.equal(p, loaded[n]) for n, p in model.state_dict().items())
 
 
 def test_save_pretrained(small, tmp_path, monkeypatch):
-    new, ids = tmp_path / "deep" / "new", random_ids(CONFIG)
+    new, ids, files, small.folder = tmp_path / "deep" / "new", random_ids(CONFIG), ["tokenizer.model", TOKENIZER], TINY
     small.save_pretrained(new)
     for a, b in ((new, new.parent), (new / WHOLE, new / "config.json")):  # with no temporary file's permissions
         assert a.stat().st_mode == b.stat().st_mode
-    assert json.loads((new / "config.json").read_text())["architectures"] == ["PersimmonForCausalLM"]
-    assert torch.equal(PersimmonForCausalLM.from_pretrained(new)(ids).logits, small(ids).logits)
+    assert (8 + int.from_bytes((new / WHOLE).read_bytes()[:8], "little")) % 64 == 0  # for kernels: data begins there
     assert close(oracle(new)(ids).logits, small(ids).logits)
-    # over itself, in another dtype and memory layout, beside a file that stays
-    (new / "tokenizer.model").write_bytes(b"x")
+    assert [(new / name).read_bytes() for name in files] == [(TINY / name).read_bytes() for name in files]
+    # over itself, in another dtype and memory layout, beside files that stay
+    (new / TOKENIZER).write_text("{}"), (new / "notes").touch()
     weight = small.bfloat16().lm_head.weight
     weight.data = weight.data.t().contiguous().t()
     small.save_pretrained(new)
-    before, again = {file.name: file.read_bytes() for file in new.iterdir()}, PersimmonForCausalLM.from_pretrained(new)
-    assert before.keys() == {*SAVED, "tokenizer.model"} and again.config.dtype == "bfloat16"
-    assert all(torch.equal(p, again.state_dict()[name]) for name, p in small.state_dict().items())
+    before = {file.name: file.read_bytes() for file in new.iterdir()}
+    assert before.keys() == {*SAVED, *files, "notes"} and before[TOKENIZER] == b"{}"
+    assert is_saved(small, new) and load_config(new).dtype == "bfloat16"
     # whole or not at all
     monkeypatch.setattr(torch.Tensor, "cpu", Mock(side_effect=[torch.ones(9)] * 9 + [KeyboardInterrupt] * 2))
     for model, target, error in ((small, new, KeyboardInterrupt), (small, tmp_path / "other", KeyboardInterrupt),
@@ -1259,18 +1101,7 @@ def test_save_pretrained(small, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["deep"] and os.listdir(new.parent) == ["new"]
 
 
-def test_write_safetensors_piece_by_piece(tmp_path):
-    for length in range(1, 9):  # of a name: the header has another length, and the data begins at a multiple of 64
-        file, dtypes = tmp_path / f"{length}.safetensors", enumerate(persimmon.SAFETENSORS_DTYPES)
-        whole = {f"{n}" * length: torch.randn(n + 1, 3).to(dtype) for n, dtype in dtypes}
-        pieces = [filter(lambda piece: file.exists(), t) for t in whole.values()]  # each is there when it is its turn
-        write_safetensors(file, [(name, t.dtype, t.shape, rows) for (name, t), rows in zip(whole.items(), pieces)])
-        found, start = load_file(file), 8 + int.from_bytes(file.read_bytes()[:8], "little")
-        assert list(found) == list(whole) and start % 64 == 0
-        assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in whole.items())
-
-
-def test_dtype_and_quantized_folders(folders, tmp_path, monkeypatch):
+def test_dtype_and_quantized_folders(folders, tmp_path):
     done, config, load = [], tmp_path / "config.json", PersimmonForCausalLM.from_pretrained
     model = load(folders["D64", "2023"], "bfloat16", quantize="int4", group_size=64, progress=done.append)
     assert done == sorted(done) and done[-1] == 1.0 and not model.training
@@ -1294,11 +1125,102 @@ def test_dtype_and_quantized_folders(folders, tmp_path, monkeypatch):
         save_file({**state, "lm_head.weight": state["lm_head.weight"].to(dtype)}, tmp_path / WHOLE)
         with pytest.raises(ValueError, match=f"lm_head.weight as {dtype}: config.json makes it torch.uint8"):
             load(tmp_path)
-    monkeypatch.setattr(persimmon, "QUANTIZERS", {})
-    for kind in ("int4", [], None):  # in config.json, anything
-        config.write_text(json.dumps(raw | {"quantization_config": {"quant_method": "persimmon.py", "quantize": kind}}))
-        with pytest.raises(ValueError, match="quantize = '.*' for .* has neither int8 nor int4"):
-            load(tmp_path)
+
+
+def test_folders_that_other_programs_make(folder, small):
+    edit(folder / "config.json", eos_token_id=[7, 8], rope_parameters={
+        "rope_type": "default", "original_max_position_embeddings": 160, "rope_theta": 25000.0})  # fmt: skip
+    (folder / WHOLE).rename(folder.parent / "1f3a")
+    (folder / WHOLE).symlink_to("../1f3a")  # as in the hub's cache
+    edit(folder / "generation_config.json", eos_token_id=None, do_sample=True)
+    model, ids = PersimmonForCausalLM.from_pretrained(folder), random_ids(CONFIG, 1, 9)
+    assert torch.equal(model(ids).logits, small(ids).logits) and model.config.eos_token_id == [7, 8]
+    free = [s.tokens[0] for s in generate(small, ids, max_new_tokens=20)]
+    first, second = list(dict.fromkeys(free))[1:3]
+    edit(folder / "generation_config.json", eos_token_id=[second, first, 96])  # counts before config.json's
+    (model := PersimmonForCausalLM.from_pretrained(folder)).config.pad_token_id = None
+    assert model.generate(ids)[0, 9:].tolist() == free[: free.index(first) + 1]
+    assert model.generate(ids.expand(2, 9), temperature=1.0, max_new_tokens=40).shape[0] == 2  # pads with an id
+    model.save_pretrained(folder)
+    assert load_config(folder).eos_token_id == [second, first, 96]
+
+
+@pytest.mark.parametrize(("cls", "head", "other"), [
+    (cls, *("lm_head.weight", "score.weight")[:: 1 if cls is PersimmonForCausalLM else -1]) for cls in HEADS])
+def test_a_head_that_is_missing(folder, tmp_path, small, cls, head, other):
+    """It is new, with a warning at the caller's line. A model's own folder has to have it, and no other."""
+    (bare := PersimmonModel.from_pretrained(folder)).save_pretrained(tmp_path / "bare")
+    source = tmp_path / "bare" if head == "lm_head.weight" else folder
+    with pytest.warns(UserWarning, match=f"has no .*{head} for a {cls.__name__}: new, random") as said:
+        with torch.device("meta"):  # it stands for a GPU
+            model = cls.from_pretrained(source, num_labels=50, pad_token_id=7)
+        half = cls.from_pretrained(source, "bfloat16", initializer_range=0.5).get_parameter(head)
+    assert [warning.filename for warning in said] == [__file__] * 2
+    assert all(torch.equal(p, model.model.get_parameter(name)) for name, p in small.model.named_parameters())
+    assert {(p.device.type, p.dtype, p.requires_grad) for p in model.parameters()} == {("cpu", torch.float32, True)}
+    assert len(new := model.get_parameter(head)) in (50, 97) and 0.015 < new.std() < 0.025 and not model.training
+    assert half.dtype == torch.bfloat16 and half.std() > 0.3 and model.config.pad_token_id == 7
+    model.save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings(action="error"):
+        assert is_saved(model, tmp_path / "own") and is_saved(bare, tmp_path / "own")
+    for change, message in (({other: torch.zeros(9, 48)}, f"own has the tensor {other}, which is not in"),
+                            ({head: None}, f"own lacks the tensor {head}")):
+        change_tensors(tmp_path / "own", change)
+        with pytest.raises(ValueError, match=message):
+            cls.from_pretrained(tmp_path / "own")
+
+
+def dies_at(change: int, work: Callable) -> bool:
+    """Whether `work`, in a process of its own, got to that change of a folder's entries, and was killed before it."""
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            count = itertools.count()
+            for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+                def change_or_die(*args, do=getattr(os, name), **options):
+                    return os._exit(9) if next(count) == change else do(*args, **options)
+                setattr(os, name, change_or_die)
+            work()
+            os._exit(0)
+        os._exit(1)
+    assert (status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) in (0, 9)
+    return status == 9
+
+
+@pytest.mark.parametrize("old", ["nothing", "one file", "shards"])
+def test_a_killed_save_leaves_a_whole_model(folder, small, old):
+    """The old one or the new one, of another shape, wherever it is killed; the next save tidies up."""
+    new, found, target = randomize(PersimmonForCausalLM(CONFIGS["D64"])), [], folder.with_name("target")
+    if old == "shards":
+        shard(folder)
+    (folder / "model-of-mine.safetensors").touch()
+    for change in itertools.count():
+        if old != "nothing":
+            shutil.copytree(folder, target)
+        if not dies_at(change, lambda: new.save_pretrained(target)):
+            break
+        if target.exists():
+            found.append(load_config(target).hidden_size if not (target / ".complete").exists() else 128)
+            assert is_saved({48: small, 128: new}[found[-1]], target)
+        new.save_pretrained(target)
+        assert {*os.listdir(target)} == SAVED | ({"model-of-mine.safetensors"} if old != "nothing" else set())
+        assert is_saved(new, target) and {*os.listdir(target.parent)} == {"model", "target"}
+        shutil.rmtree(target)
+    assert found == sorted(found) and {*found} == ({48, 128} if old != "nothing" else {128})
+
+
+def test_where_a_model_can_be_saved(tmp_path, small):
+    """In a folder that is there, but not while another process does it, and where a link leads."""
+    (busy := tmp_path / "busy").mkdir()
+    with persimmon.staging(busy) as new, pytest.raises(ValueError, match="another process is writing"):
+        assert busy in new.parents  # not beside it: it may be the mount point of a volume
+        (new / "config.json").write_text("{}")
+        small.save_pretrained(busy)
+    assert os.listdir(busy) == ["config.json"]  # the first was not disturbed
+    (tmp_path / "link").symlink_to(tmp_path / "there")  # which is not there yet, and perhaps on another disk
+    for folder in (busy, tmp_path / "link"):
+        small.save_pretrained(folder)
+        assert is_saved(small, folder)
+    assert (tmp_path / "link").is_symlink() and {*os.listdir(tmp_path)} == {"busy", "link", "there"}
 
 
 # --- tokenizer, streaming, chat prompt -------------------------------------------------------------------------------
@@ -1326,20 +1248,29 @@ def tokenizers(tmp_path_factory) -> list[tuple[Tokenizer, sentencepiece.Sentence
     return list(zip(map(Tokenizer, files), oracles, ends))
 
 
-def test_tokenizer_is_sentencepiece(tokenizers):
+def test_tokenizer(tokenizers):
+    """One text or several, in each style; ids of many kinds."""
     texts = ["", "  a  b ", "the quick\n日本 🙂 fox "]  # the last one is the longest
     for tokenizer, oracle, end in tokenizers:
         batch = tokenizer(texts, return_tensors="pt")
         assert list(batch) == ["input_ids", "attention_mask"] and {t.dtype for t in batch.values()} == {torch.long}
+        assert {t.device.type for t in batch.to("meta").values()} == {"meta"} and type(batch.to("meta")) is type(batch)
         for text, row, mask in zip(texts, *batch.values()):
             ids = [end, *oracle.encode(text)]
             assert tokenizer.encode(text) == ids and tokenizer.encode(text, add_bos=False) == ids[1:]
-            assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == oracle.decode(ids[1:])
+            for kind in (list, tuple, numpy.array, torch.tensor, partial(torch.tensor, dtype=torch.int16)):
+                assert tokenizer.decode(kind(ids)) == oracle.decode(ids[1:])
             assert row[mask == 1].tolist() == ids and mask.sort().values.equal(mask)  # padding on the left
         assert tokenizer(text)["input_ids"].tolist() == [ids] and len(tokenizer) == len(oracle)
-    for text, form, message in (("fox", "np", "return_tensors = 'np'"), ("a\udc80", "pt", "not valid Unicode")):
+        for one in (ids[3], numpy.int64(ids[3]), torch.tensor(ids[3]), torch.tensor(ids[3:4])):
+            assert tokenizer.decode(one) == StreamDecoder(tokenizer).push(one) == oracle.decode(ids[3:4])
+        whole = oracle.id_to_piece(end) + oracle.decode(ids[1:])
+        assert tokenizer.decode(ids * 2, skip_special_tokens=False) == 2 * whole
+    for message, refused in (("return_tensors = 'np'", partial(tokenizer, "fox", return_tensors="np")),
+                             ("not valid Unicode", partial(tokenizer, "a\udc80")),
+                             ("the ids of one text, not of several", partial(tokenizer.decode, torch.tensor([ids])))):
         with pytest.raises(ValueError, match=message):
-            tokenizer(text, return_tensors=form)
+            refused()
 
 
 # Ids, pieces, and bytes that make a character, or would with one more.
@@ -1380,8 +1311,10 @@ def test_tokenizer_files(tmp_path):
     config.write_text('{"add_eos_token": true}')
     train_sentencepiece(tmp_path / "none.model", eos_id=-1)
     (tmp_path / "bad.model").write_bytes(b"not a model")
+    (tmp_path / "lfs.model").write_text(LFS)
     for name, message in (("", "tokenizer_config.json asks for add_eos_token"), ("nothing", "no file .*nothing"),
-                          ("none.model", r"none.model has no piece \|ENDOF"), ("bad.model", "bad.model is cut off")):
+                          ("none.model", r"none.model has no piece \|ENDOF"), ("bad.model", "bad.model is cut off"),
+                          ("lfs.model", "lfs.model is a pointer of Git LFS")):
         with pytest.raises(FileNotFoundError if name == "nothing" else ValueError, match=message):
             Tokenizer(tmp_path / name)
 
@@ -1393,231 +1326,21 @@ def test_chat_prompt():
             chat_prompt(turns)
 
 
-# --- folders from elsewhere, saving to anywhere ----------------------------------------------------------------------
-
-def edit(name: str, **changes) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        raw = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-        (folder / name).write_text(json.dumps(raw | changes))
-    return change
-
-
-def make_pipe(folder: Path) -> None:
-    (folder / "config.json").unlink(), os.mkfifo(folder / "config.json")  # whoever reads it does not wait for ever
-    threading.Thread(target=(folder / "config.json").write_text, args=("{}",), daemon=True).start()
-
-
-def misplace(folder: Path, place: str) -> None:
-    files = shard(folder)["weight_map"]
-    shutil.move(folder / (moved := files["lm_head.weight"]), folder.parent / "outside.safetensors")
-    edit("model.safetensors.index.json", weight_map={n: place if f == moved else f for n, f in files.items()})(folder)
-
-
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
-ATTACKS = {
-    "100,000 layers": (edit("config.json", num_hidden_layers=100000), "too few for config.json's 100000 layers"),
-    **{f"eos_token_id {i}": (edit("config.json", eos_token_id=i), f"key eos_token_id = {re.escape(repr(i))} is not")
-       for i in (10**30, -5, [3, -5], [3, "a"], [True], [None])},
-    "generation_config.json": (edit("generation_config.json", eos_token_id=[2**29]), r"eos_token_id = \[536870912\]"),
-    "2**27 labels": (edit("config.json", num_labels=2**27), "key num_labels = 134217728 is not from 1"),
-    "a pipe": (make_pipe, "no file .*config.json"),
-    "index leaves": (lambda f: misplace(f, "../outside.safetensors"), "in ../outside.safetensors, not a file of its"),
-    "absolute index": (lambda f: misplace(f, str(f.parent / "outside.safetensors")), "not a file of its folder"),
-    "LFS weights": (lambda f: (f / "model.safetensors").write_text(LFS), "safetensors is a pointer of Git LFS"),
-    "LFS tokenizer": (lambda f: (f / "tokenizer.model").write_text(LFS), "tokenizer.model is a pointer of Git LFS"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ATTACKS)
-def test_attacked_folders(folder, monkeypatch, kind):
-    ATTACKS[kind][0](folder)
-    if kind != "LFS tokenizer":
-        monkeypatch.setattr(persimmon.Block, "__init__", Mock(side_effect=AssertionError("a model is built too early")))
-    with pytest.raises((ValueError, FileNotFoundError), match=ATTACKS[kind][1]):
-        PersimmonForCausalLM.from_pretrained(folder), Tokenizer(folder)
-
-
-def test_folders_that_other_programs_make(folder, small):
-    edit("config.json", eos_token_id=[7, 8], rope_parameters={
-        "rope_type": "default", "original_max_position_embeddings": 160, "rope_theta": 25000.0})(folder)  # fmt: skip
-    (folder / "model.safetensors").rename(folder.parent / "1f3a")
-    (folder / "model.safetensors").symlink_to("../1f3a")  # as in the hub's cache
-    edit("generation_config.json", eos_token_id=None, do_sample=True)(folder)
-    model, ids = PersimmonForCausalLM.from_pretrained(folder), random_ids(CONFIG, 1, 9)
-    assert torch.equal(model(ids).logits, small(ids).logits) and model.config.eos_token_id == [7, 8]
-    free = [s.tokens[0] for s in generate(small, ids, max_new_tokens=20)]
-    first, second = list(dict.fromkeys(free))[1:3]
-    edit("generation_config.json", eos_token_id=[second, first, 96])(folder)  # counts before config.json's
-    (model := PersimmonForCausalLM.from_pretrained(folder)).config.pad_token_id = None
-    assert model.generate(ids)[0, 9:].tolist() == free[: free.index(first) + 1]
-    assert model.generate(ids.expand(2, 9), temperature=1.0, max_new_tokens=40).shape[0] == 2  # pads with an id
-    model.save_pretrained(folder)
-    assert load_config(folder).eos_token_id == [second, first, 96]
-
-
-SAVED = {"config.json", "generation_config.json", "model.safetensors"}
-
-
-def is_saved(model: torch.nn.Module, folder: Path) -> bool:
-    loaded = type(model).from_pretrained(folder).state_dict()
-    return all(torch.equal(p, loaded[n]) for n, p in model.state_dict().items())
-
-
-def test_a_head_that_is_missing_or_another_models(folder, tmp_path, small, recwarn):
-    bare = PersimmonModel.from_pretrained(folder)
-    bare.save_pretrained(tmp_path / "bare")
-    assert not recwarn
-    with pytest.warns(UserWarning, match="bare has no lm_head.weight for a PersimmonForCausalLM: new, random"):
-        model = PersimmonForCausalLM.from_pretrained(tmp_path / "bare", "bfloat16")
-    assert all(torch.equal(p.bfloat16(), model.model.get_parameter(n)) for n, p in small.model.named_parameters())
-    assert model.lm_head.weight.dtype == torch.bfloat16 and 0.015 < model.lm_head.weight.float().std() < 0.025
-    small.save_pretrained(tmp_path / "damaged")  # a language model's own folder has to have it
-    change_tensors(tmp_path / "damaged", {"lm_head.weight": None})
-    with pytest.raises(ValueError, match="damaged lacks the tensor lm_head.weight"):
-        PersimmonForCausalLM.from_pretrained(tmp_path / "damaged")
-    with pytest.warns(UserWarning, match="no score.bias and score.weight for a PersimmonForTokenClassification"):
-        PersimmonForTokenClassification.from_pretrained(folder).save_pretrained(tmp_path / "labels")
-    assert is_saved(bare, tmp_path / "labels")
-
-
-def dies_at(change: int, work: Callable) -> bool:
-    """Whether `work`, in a process of its own, got to that change of a folder's entries, and was killed before it."""
-    if (child := os.fork()) == 0:
-        with contextlib.suppress(BaseException):
-            count = itertools.count()
-            for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
-                def change_or_die(*args, do=getattr(os, name), **options):
-                    return os._exit(9) if next(count) == change else do(*args, **options)
-                setattr(os, name, change_or_die)
-            work()
-            os._exit(0)
-        os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 9
-
-
-@pytest.mark.parametrize("old", ["nothing", "one file", "shards"])
-def test_a_killed_save_leaves_a_whole_model(folder, small, old):
-    """The old one or the new one, of another shape, wherever it is killed; the next save tidies up."""
-    new, found, target = randomize(PersimmonForCausalLM(CONFIGS["D64"])), [], folder.with_name("target")
-    if old == "shards":
-        shard(folder)
-    (folder / "model-of-mine.safetensors").touch()
-    for change in itertools.count():
-        if old != "nothing":
-            shutil.copytree(folder, target)
-        if not dies_at(change, lambda: new.save_pretrained(target)):
-            break
-        if target.exists():
-            found.append(load_config(target).hidden_size if not (target / ".complete").exists() else 128)
-            assert is_saved({48: small, 128: new}[found[-1]], target)
-        new.save_pretrained(target)
-        assert {*os.listdir(target)} == SAVED | ({"model-of-mine.safetensors"} if old != "nothing" else set())
-        assert is_saved(new, target) and {*os.listdir(target.parent)} == {"model", "target"}
-        shutil.rmtree(target)
-    assert found == sorted(found) and {*found} == ({48, 128} if old != "nothing" else {128})
-
-
-def test_two_processes_that_settle(tmp_path, monkeypatch):
-    """A file that the other one has moved does not keep this one from the rest."""
-    (tmp_path / ".complete").mkdir()
-    for name in "ab":
-        (tmp_path / ".complete" / name).touch()
-    move, moved = Path.replace, []
-
-    def late(file: Path, target: Path) -> None:
-        moved.append(move(file, target))
-        if len(moved) == 1:
-            raise FileNotFoundError(file)
-
-    monkeypatch.setattr(Path, "replace", late)
-    persimmon.settle(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
-
-
-def test_where_a_model_can_be_saved(tmp_path, small, monkeypatch):
-    parent = tmp_path / "read-only"
-    (parent / "writable").mkdir(parents=True)  # and empty, like a mounted volume
-    for name in ("mkdir", "rename", "replace", "open"):
-        def change(*args, do=getattr(os, name), **options):
-            if any(isinstance(p, (str, Path)) and Path(p).parent == parent for p in args):
-                raise PermissionError(f"{parent} is not writable")
-            return do(*args, **options)
-        monkeypatch.setattr(os, name, change)
-    small.save_pretrained(parent / "writable")
-    assert is_saved(small, parent / "writable")
-    with pytest.raises(PermissionError):
-        small.save_pretrained(parent / "new")
-    with persimmon.staging(tmp_path / "busy") as new, pytest.raises(ValueError, match="another process is writing"):
-        (new / "config.json").write_text("{}")
-        small.save_pretrained(tmp_path / "busy")
-    assert os.listdir(tmp_path / "busy") == ["config.json"]  # the first was not disturbed
-    small.save_pretrained(tmp_path / "busy")
-    assert is_saved(small, tmp_path / "busy") and {*os.listdir(tmp_path)} == {"read-only", "busy"}
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_saving_through_a_link_to_another_disk(tmp_path, small, exists):
-    if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
-        pytest.skip("no second file system")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
-        (tmp_path / "link").symlink_to(Path(disk) / "there")
-        if exists:
-            (Path(disk) / "there").mkdir()
-        small.save_pretrained(tmp_path / "link")
-        assert is_saved(small, tmp_path / "link") and (tmp_path / "link").is_symlink() and os.listdir(disk) == ["there"]
-
-
-def test_the_tokenizer_travels(tmp_path, monkeypatch):
-    monkeypatch.chdir(HERE)
-    model, files = PersimmonForCausalLM.from_pretrained("tiny"), ("tokenizer.model", "tokenizer_config.json")
-    monkeypatch.chdir(tmp_path)
-    model.save_pretrained(tmp_path / "new")
-    assert is_saved(model, tmp_path / "new") and {*os.listdir(tmp_path / "new")} == SAVED | {*files}
-    assert all((tmp_path / "new" / name).read_bytes() == (TINY / name).read_bytes() for name in files)
-    (tmp_path / "new" / "tokenizer_config.json").write_text("{}")
-    model.save_pretrained(tmp_path / "new")  # over one of its own, which stays
-    assert (tmp_path / "new" / "tokenizer_config.json").read_text() == "{}"
-
-
-def test_ids_of_many_kinds(tokenizers):
-    tokenizer, oracle, _ = tokenizers[-1]
-    ids, end = oracle.encode("pack my box"), tokenizer.end_of_text
-    for kind in (tuple, torch.tensor, numpy.array, lambda ids: torch.tensor(ids, dtype=torch.int16)):
-        assert tokenizer.decode(kind(ids)) == "pack my box"
-    for one in (ids[0], torch.tensor(ids[0]), numpy.int64(ids[0]), torch.tensor([ids[0]])):
-        assert tokenizer.decode(one) == StreamDecoder(tokenizer).push(one) == oracle.decode(ids[:1])
-    with pytest.raises(ValueError, match="the ids of one text, not of several"):
-        tokenizer.decode(torch.tensor([ids]))
-    marked = [end, *ids, end, *ids]
-    assert tokenizer.decode(marked, skip_special_tokens=False) == "|ENDOFTEXT|pack my box|ENDOFTEXT|pack my box"
-    assert "END" not in tokenizer.decode(marked) and tokenizer.decode([]) == ""
-    inputs = tokenizer(["the", "pack my box"], return_tensors="pt")
-    assert {t.device.type for t in inputs.to("meta").values()} == {"meta"} != {inputs["input_ids"].device.type}
-    assert type(inputs.to("meta")) is type(inputs) and {**inputs}.keys() == {"input_ids", "attention_mask"}
-    with pytest.raises(ValueError, match="return_tensors = 'np' is not supported"):
-        tokenizer("the", return_tensors="np")
-
-
 # --- classifiers -----------------------------------------------------------------------------------------------------
 OfText, OfToken = PersimmonForSequenceClassification, PersimmonForTokenClassification
-
-
-def classifiers(folder: Path, cls, **changes):
-    """Random weights as our classifier and as transformers'."""
-    randomize(cls(replace(CONFIG, **changes))).save_pretrained(folder)
-    return cls.from_pretrained(folder), getattr(transformers, cls.__name__).from_pretrained(folder, dtype="float32")
 
 
 @pytest.mark.parametrize(("cls", "K", "labels", "changes"), [
     (OfText, 1, torch.tensor([0.5, -1, 2, 0]), {}), (OfText, 3, torch.tensor([2, 0, 1, 1]), {}),
     (OfText, 3, torch.tensor([2, -100, 1, 0]), {"problem_type": "single_label_classification"}),
     *((OfText, 3, torch.eye(4, 3), {"problem_type": p}) for p in (None, "regression", "multi_label_classification")),
-    *((OfToken, 6, torch.arange(4 * T).view(4, T) % 6, {"hidden_dropout": hidden, "classifier_dropout": own})
-      for hidden, own in ((0.0, 1.0), (1.0, None), (1.0, 0.0)))])  # fmt: skip
+    *((OfToken, 6, torch.arange(4 * T).view(4, T) % 6, {f"{part}_dropout": 1.0, "classifier_dropout": own})
+      for part, own in (("classifier", 1.0), ("hidden", None), ("hidden", 0.0), ("attention", 0.0)))])  # fmt: skip
 def test_classifiers(tmp_path, cls, K, labels, changes):
-    ours, theirs = classifiers(tmp_path, cls, num_labels=K, **changes)
+    """Those of transformers, with random weights."""
+    randomize(cls(replace(CONFIG, num_labels=K, **changes))).save_pretrained(tmp_path)
+    theirs = getattr(transformers, cls.__name__).from_pretrained(tmp_path, dtype="float32")
+    ours = cls.from_pretrained(tmp_path)
     ids, mask, counted = random_ids(CONFIG, rows=4), torch.ones(4, T, dtype=torch.long), slice(None)
     # padded on the left, on the right, not at all, and everywhere, as ids say and not the mask
     ids[0, :9], mask[0, :9], ids[1, 50:], mask[1, 50:], ids[3, 1:] = 5, 0, 5, 0, 5
@@ -1630,62 +1353,32 @@ def test_classifiers(tmp_path, cls, K, labels, changes):
     embeds, places = torch.randn(4, T, 48), 2 * torch.arange(T)[None]  # not shifted: RoPE is relative
     assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
     assert close(ours(ids, None, places).logits, theirs(ids, None, places.expand(4, T)).logits)
-    assert close(ours.train()(ids).logits, theirs.train()(ids).logits)  # a dropout of 1 is not random
+    kept, dropped = ours(ids).logits, ours.train()(ids).logits
+    assert close(dropped, theirs.train()(ids).logits)  # a dropout of 1 is not random
+    assert close(dropped, kept, 0.1) == (cls is OfText)
     with pytest.raises(ValueError, match="float16 .* use bfloat16"):
         ours.half().train()(ids, labels=labels)
     assert ours.eval()(ids, labels=labels).loss.dtype == torch.float32 and ours(ids).loss is None
+    ours.config.pad_token_id = None
+    if cls is OfText:
+        with pytest.raises(ValueError, match="to find where 4 texts end, config.json needs a pad_token_id"):
+            ours(ids[:1]), ours(ids)
 
 
-def test_where_a_text_ends(tmp_path):
-    """Compiled, too. Positions above 256 are not counted in bfloat16, even if that is the default dtype."""
-    ours, theirs = classifiers(tmp_path, OfText, num_hidden_layers=1)
-    compiled = torch.compile(ours, backend="eager", fullgraph=True, dynamic=True)
-    long, short = random_ids(CONFIG, 2, 515), random_ids(CONFIG, 3, 17)
-    long[0, 514:], long[1, 400:] = 5, 5
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        found = [compiled(ids).logits for ids in (long, short)]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert close(found[0], theirs(long).logits) and close(found[1], theirs(short).logits)
-    ours, theirs = classifiers(tmp_path, OfText, pad_token_id=None)
-    assert close(ours(long[:1]).logits, theirs(long[:1]).logits)
-    with pytest.raises(ValueError, match="to find where 2 texts end, config.json needs a pad_token_id"):
-        ours(long)
-
-
-@pytest.mark.parametrize("cls", [OfText, OfToken])
-def test_a_classifier_from_a_language_model(folder, tmp_path, cls, small):
-    with pytest.warns(UserWarning, match="model has no score.* for a .*: new, random") as said, torch.device("meta"):
-        model = cls.from_pretrained(folder, num_labels=50, pad_token_id=7)  # "meta" stands for a default GPU
-        half = cls.from_pretrained(folder, "bfloat16", initializer_range=0.5)
-    assert [warning.filename for warning in said] == [__file__] * 2  # the caller's line, not the loader's
-    assert torch.equal(model.model.layers[1].mlp.dense_4h_to_h.bias, small.model.layers[1].mlp.dense_4h_to_h.bias)
-    assert {(p.device.type, p.dtype, p.requires_grad) for p in model.parameters()} == {("cpu", torch.float32, True)}
-    assert model.score.weight.shape == (50, 48) and 0.015 < model.score.weight.std() < 0.025 and not model.training
-    assert (model.score.bias is None or (model.score.bias == 0).all()) and model.config.pad_token_id == 7
-    assert half.score.weight.dtype == torch.bfloat16 and half.score.weight.std() > 0.3
-    # a classifier's own folder is strict again
-    model.save_pretrained(tmp_path)
+# --- the file alone, tiny/ -------------------------------------------------------------------------------------------
+def test_persimmon_py_alone_needs_torch_only(tmp_path, monkeypatch):
+    for name in ("safetensors", "sentencepiece", "triton", "transformers", "sample", "convert"):
+        monkeypatch.setitem(sys.modules, name, None)  # it cannot be imported
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     with warnings.catch_warnings(action="error"):
-        assert torch.equal(cls.from_pretrained(tmp_path).score.weight, model.score.weight)
-    change_tensors(tmp_path, {"lm_head.weight": torch.zeros(97, 48)})
-    with pytest.raises(ValueError, match="has the tensor lm_head.weight, which is not in"):
-        cls.from_pretrained(tmp_path)
-
-
-# --- the file alone, tiny/, the real weights -------------------------------------------------------------------------
-def test_persimmon_py_alone_needs_torch_only(monkeypatch):
-    spec = importlib.util.spec_from_file_location("alone", HERE / "persimmon.py")
-    alone, threads, state = importlib.util.module_from_spec(spec), torch.get_num_threads(), torch.get_rng_state()
-    missing = ("safetensors", "sentencepiece", "triton", "transformers", "sample", "convert")
-    for name, module in {"alone": alone, **dict.fromkeys(missing)}.items():  # None cannot be imported
-        monkeypatch.setitem(sys.modules, name, module)
-    with warnings.catch_warnings(action="error"):
-        spec.loader.exec_module(alone)
+        alone = edited(tmp_path)
         assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
         model = alone.PersimmonForCausalLM(alone.PersimmonConfig(**asdict(CONFIG))).eval()
+        model.config.use_cache = True  # as transformers' Trainer has it
         assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
+    names = "KVCache PersimmonConfig PersimmonModel StreamDecoder Tokenizer chat_prompt generate load_config".split()
+    assert {*names, *(kind.__name__ for kind in HEADS)} <= {*alone.__all__} <= vars(alone).keys()
+    assert (model.to("meta").device.type, model.bfloat16().model.dtype) == ("meta", torch.bfloat16)
 
 
 def test_tiny_is_a_persimmon():
@@ -1696,32 +1389,16 @@ def test_tiny_is_a_persimmon():
     assert config.bos_token_id == config.eos_token_id == tokenizer.end_of_text == end
     assert tokenizer.decode(tokenizer.encode(text := " a  b\t\n\n c\r\n e\u0301 ﬁ ① Ａ 日本 🙂\u200d\u3000.\x7f ")) == text
     assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 11e6
-    ids = tokenizer(text := "ROMEO:\nWhat light through yonder window breaks?\n")["input_ids"]
-    ours = PersimmonForCausalLM.from_pretrained(TINY, "float32")(ids, labels=ids)
+    inputs = tokenizer(text := "ROMEO:\nWhat light through yonder window breaks?\n", return_tensors="pt")
+    ids, model = inputs["input_ids"], PersimmonForCausalLM.from_pretrained(TINY, dtype="float32")
+    ours = model(ids, labels=ids)
     assert close(ours.logits, oracle(TINY)(ids).logits)
     assert ours.loss * (ids.shape[1] - 1) < 2.0 * len(text)  # nats; noise has log(1024) a token, about 3 a character
-    # the snippet of transformers' documentation
-    inputs = tokenizer(text := "Plants create energy through a process known as photosynthesis.", return_tensors="pt")
-    outputs = PersimmonForCausalLM.from_pretrained(TINY, dtype="auto").generate(**inputs, max_length=50)
-    assert tokenizer.decode(outputs[0]).startswith(text) and len(outputs[0]) <= 50
-
-
-@pytest.mark.skipif("PERSIMMON_8B_CHAT" not in os.environ, reason="PERSIMMON_8B_CHAT names no folder with its weights")
-def test_the_published_answer_of_the_real_chat_model():
-    """From transformers' own integration test of adept/persimmon-8b-chat."""
-    folder = os.environ["PERSIMMON_8B_CHAT"]
-    model, tokenizer = PersimmonForCausalLM.from_pretrained(folder, "bfloat16"), Tokenizer(folder)
-    ids = tokenizer(chat_prompt(["Simply put, the theory of relativity states that?"]))["input_ids"]
-    assert tokenizer.decode(model.generate(ids, max_new_tokens=60)[0, ids.shape[1] :]).strip() == (
-        "The theory of relativity states that the laws of physics are the same for all observers, "
-        "regardless of their relative motion.")  # fmt: skip
-    means = model(torch.tensor([[1, 306, 4658, 278, 6593, 310, 2834, 338]])).logits.float().mean(-1)
-    expected = [-11.4726, -11.1495, -11.2694, -11.2223, -10.9452, -11.0663, -11.0031, -11.1028]
-    assert close(means, torch.tensor([expected]), 0.3)  # those were computed in 8 bits
+    output = model.generate(**inputs, max_length=50)[0]  # as in the snippet of transformers' documentation
+    assert tokenizer.decode(output).startswith(text) and len(output) <= 50
 
 
 # === Part III. Faster ================================================================================================
-
 class Packed(torch.Tensor):
     """As weights of torchao's are, which no kernel can read."""
 
@@ -1730,19 +1407,15 @@ class Packed(torch.Tensor):
 
 
 def test_is_unmodified_and_replaced_forward():
-    Linear, is_plain = torch.nn.Linear, partial(is_unmodified, kind=torch.nn.Linear)
-    layer, other = Linear(2, 2).eval(), Linear(2, 2)
+    layer, is_plain = torch.nn.Linear(2, 2).eval(), partial(is_unmodified, kind=torch.nn.Linear)
     for event in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
         handle = getattr(layer, f"register_{event}_hook")(lambda *_: None)
         assert not is_plain(layer)
         handle.remove()
-    with pytest.raises(KeyboardInterrupt), replaced_forward({layer: lambda x: x + 1, other: lambda x: x * 2}):
-        assert layer(3) == 4 and other(3) == 6 and not is_plain(layer)
+    with pytest.raises(KeyboardInterrupt), replaced_forward({layer: lambda x: x + 1}):
+        assert layer(3) == 4 and not is_plain(layer)
         raise KeyboardInterrupt
-    assert is_plain(layer) and not is_unmodified(layer, torch.nn.LayerNorm)
-    assert not is_plain(other) and is_plain(other.eval())  # it was in training
-    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Packed))
-    assert not is_plain(layer) and not is_plain(type("Lora", (Linear,), {})(2, 2).eval())
+    assert is_plain(layer) and not is_unmodified(layer, torch.nn.Module) and not is_plain(layer.train())
 
 
 def test_is_as_exact():
@@ -1753,20 +1426,7 @@ def test_is_as_exact():
     assert is_as_exact(exact + 1e-6, exact, exact) and not is_as_exact(exact + 1e-3, exact, exact)
 
 
-@pytest.mark.parametrize("rows, density", [(1, 0.0), (1, 0.1), (3, 0.3), (4, 0.05)])
-def test_nonzero_bags(rows, density):
-    x = torch.randn(rows, 1, 397) * (torch.rand(rows, 1, 397) < density)  # a number that no number of bags divides
-    assert nonzero_bags(x, 4, 1.5) is None  # gradients are enabled
-    with torch.no_grad():
-        column, value, start = nonzero_bags(x, 4, 1.5)
-        assert nonzero_bags(x, rows - 1, 1.5) is None and nonzero_bags(torch.ones(2, 397), 4, 1.5) is None
-    edge, f = torch.arange(start.shape[1] + 1) * 397 // start.shape[1], torch.arange(397)
-    y = torch.nn.functional.embedding_bag(column, torch.eye(397), start.view(-1), mode="sum", per_sample_weights=value)
-    assert torch.equal(y.view(rows, -1, 397), x * ((edge[:-1, None] <= f) & (f < edge[1:, None])))
-
-
 # === Part III a. CPU =================================================================================================
-
 @pytest.fixture
 def reads(monkeypatch) -> Counter:
     """Counts of operators, while every matrix counts as large."""
@@ -1782,18 +1442,15 @@ def reads(monkeypatch) -> Counter:
 
 def test_cpu_has_and_fingerprints_and_available_memory(monkeypatch):
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
-    cpu = torch.device("cpu")
-    assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(cpu) < 1e14
+    memory, cpu = persimmon.available_memory, torch.device("cpu")
+    assert persimmon.cpu_has("nonsense") is False and 1e8 < memory(cpu) < 1e14
     with torch.inference_mode():  # what is made there has no version
         assert persimmon.fingerprints([weight := torch.rand(9, 9)]) != persimmon.fingerprints([weight.neg_()])
-    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 5 kB\nMemAvailable:   3 kB\n")
-    assert persimmon.available_memory(cpu) == 3072
-    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError))
-    assert persimmon.available_memory(cpu) == math.inf
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 20))
-    for name, size in (("memory_reserved", 7), ("memory_allocated", 3)):
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=["MemTotal: 5 kB\nMemAvailable:   3 kB\n", OSError]))
+    assert memory(cpu) == 3072 and memory(cpu) == math.inf
+    for name, size in (("mem_get_info", (10, 20)), ("memory_reserved", 7), ("memory_allocated", 3)):
         monkeypatch.setattr(torch.cuda, name, lambda device, _size=size: _size)
-    assert persimmon.available_memory(torch.device("cuda")) == 7  # half of 10 and of 7 - 3
+    assert memory(torch.device("cuda")) == 7  # half of 10 and of 7 - 3
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -1822,19 +1479,25 @@ def test_cpu_linear(monkeypatch, reads, processor, dtype, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("rows, density", [(1, 0.0), (1, 1.0), (3, 0.3), (3, 0.9), (16, 0.05), (17, 0.05)])
 def test_sparse_linear(reads, rows, density, dtype, tolerance):
-    """A row of the table that only zeros multiply is not read: here it holds NaN."""
+    """A row of the table that only zeros multiply is not read: here it holds NaN. Bags are equal parts of a row."""
     layer = torch.nn.Linear(397, 24, bias=rows > 1).to(dtype)  # 397 is a number that no number of bags divides
     x = ((torch.rand(rows, 1, 397) + 0.5) * (torch.rand(rows, 1, 397) < density)).to(dtype)
     x[1:2] = 0
     table = layer.weight.detach().t().where((x != 0).any(0).T, math.nan).contiguous()
+    assert nonzero_bags(x, 16, 1.5) is None  # gradients are enabled
     with torch.no_grad():
-        y, expected = sparse_linear(layer, table, x), layer.double()(x.double())
+        y, expected, bags = sparse_linear(layer, table, x), layer.double()(x.double()), nonzero_bags(x, 16, 1.5)
     assert y.dtype == dtype and (y - expected).norm() <= tolerance * (expected.norm() + 1e-3)
-    assert reads["sums"] == (rows <= 16 and x.count_nonzero() <= 1.5 * 397)
+    assert reads["sums"] == (bags is not None) == (rows <= 16 and x.count_nonzero() <= 1.5 * 397)
+    if bags is not None:
+        (column, value, start), one, f = bags, torch.eye(397, dtype=dtype), torch.arange(397)
+        edge = torch.arange(start.shape[1] + 1) * 397 // start.shape[1]
+        parts = torch.nn.functional.embedding_bag(column, one, start.view(-1), mode="sum", per_sample_weights=value)
+        assert torch.equal(parts.view(rows, -1, 397), x * ((edge[:-1, None] <= f) & (f < edge[1:, None])))
 
 
-@pytest.mark.parametrize("N, S, T", [(20, 1, 1), (20, 7, 1), (20, 8, 1), (20, 9, 1), (20, 20, 1), (20, 24, 1),
-                                     (7, 7, 1), (8, 8, 1), (20, 9, 3), (20, 9, 9)])
+@pytest.mark.parametrize("N, S, T", [
+    (20, 1, 1), (20, 8, 1), (20, 9, 1), (20, 20, 1), (20, 24, 1), (7, 7, 1), (8, 8, 1), (20, 9, 3), (20, 9, 9)])
 def test_transposed_kv_cache(reads, N, S, T):
     """What has a mask for each head, or is a prompt, whose own keys are at hand, is left to KVCache."""
     causal, itself = torch.ones(T, S).tril(S - T) > 0, torch.eye(S)[S - T :] > 0
@@ -1867,29 +1530,21 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 
 def test_cpu_engine_proves_its_attention(small, monkeypatch):
-    """Where Part I attends in another way, Part I's cache is used, with one warning."""
-    attend = KVCache.attend
-    for owner, name, edit in (
-            (persimmon, "attention", lambda q, *others: attention(q.clamp(-9, 9), *others)),  # large scores show it
-            (KVCache, "attend", lambda cache, layer, q, *others:  # single positions in odd layers do
-                attend(cache, layer, q, *others) * (1 + layer % 2 * (q.shape[2] == 1)))):
-        engine = CpuEngine(small.half())
-        with monkeypatch.context() as patch, pytest.warns(match="does not attend like this file's KVCache") as said:
-            patch.setattr(owner, name, edit)
-            assert {type(engine.make_cache(2, N)) for N in (1402, 1500, 1366)} == {KVCache} and len(said) == 1
+    """Where Part I attends in another way, here to one position with large scores in odd layers, its cache is used."""
+    attend, engine = KVCache.attend, CpuEngine(small.half())
+    monkeypatch.setattr(KVCache, "attend", lambda cache, layer, q, *others: attend(
+        cache, layer, q.clamp(-9, 9) if layer % 2 and q.shape[2] == 1 else q, *others))
+    with pytest.warns(match="does not attend like this file's KVCache") as said:
+        assert {type(engine.make_cache(2, N)) for N in (1402, 1500, 1366)} == {KVCache} and len(said) == 1
 
 
-@pytest.mark.parametrize("processor, first, later", [
-    ("AMX", {"KVCache": 4, "mv": 1}, {"KVCache": 4, "mv": 13, "sums": 4}),
-    ("Zen 4", {"KVCache": 4, "linear": 16, "dots": 1}, {"sums": 12, "dots": 13}),
-    ("other", {"KVCache": 4, "linear": 17}, {"sums": 12, "linear": 13})])
-def test_cpu_engine_uses_the_operators(monkeypatch, reads, small, processor, first, later):
+def test_cpu_engine_uses_the_operators(reads, small):
     """In 4 layers of 4 matrices, and the head, which reads one row of a prompt. Outside of the engine, all is plain."""
-    use_cpu_engine(monkeypatch, processor)
     engine, ids = engine_for(small.bfloat16()), random_ids(CONFIG, rows=1, length=11)
     cache = engine.make_cache(1, 20)
-    for run, part, expected in ((engine.prefill, ids[:, :9], first), (engine.decode, ids[:, 9:10], later),
-                                (engine.decode, ids[:, 10:], later), (lambda ids, *_: small(ids), ids, {"linear": 17})):
+    for run, part, expected in ((engine.prefill, ids[:, :9], {"KVCache": 4, "linear": 16, "dots": 1}),
+                                (engine.decode, ids[:, 9:10], {"sums": 12, "dots": 13}),
+                                (lambda ids, *_: small(ids), ids, {"linear": 17})):
         reads.clear()
         with torch.no_grad():
             run(part, None, cache)
@@ -1900,7 +1555,6 @@ def test_cpu_engine_uses_the_operators(monkeypatch, reads, small, processor, fir
 
 
 # === Part III b. int8 and int4 =======================================================================================
-
 each_format = pytest.mark.parametrize("cls, group_size", [
     (Int8Linear, 128), (Int8SparseLinear, 128), (Int4Linear, 32), (Int4Linear, 64), (Int4Linear, 128)])
 
@@ -1931,9 +1585,10 @@ def relative_error(layer: QuantizedLinear, x: torch.Tensor) -> float:
 def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     """Of 130 groups of 128 inputs, 64 outputs are dequantized at a time. Sums are large, and float16 ends at 65504."""
     linear, density = torch.nn.Linear(C := groups * group_size, 130).to(dtype), 0.3 if cls is Int8SparseLinear else 1.0
-    linear.weight.data.abs_()
+    linear.weight.data.normal_().abs_()
+    limit = {Int8Linear: 0.01, Int8SparseLinear: 0.0035}.get(cls) or {32: 0.0415, 64: 0.0475, 128: 0.052}[group_size]
     W = dequantized(layer := cls(linear, group_size))
-    assert (W - linear.weight).norm() < (0.065 if cls is Int4Linear else 0.006) * linear.weight.double().norm()
+    assert (W - linear.weight).norm() < limit * linear.weight.double().norm()
     for rows in (1, 3, 70):
         x = 60 / groups * torch.rand(rows, 1, C + 3) * (torch.rand(rows, 1, C + 3) < density)
         x, gradient = x.to(dtype)[..., 3:], torch.randn(rows, 1, 130).to(dtype)  # x is neither contiguous nor aligned
@@ -1947,16 +1602,6 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     assert all((t.shape, t.dtype) == (empty[name].shape, empty[name].dtype) for name, t in layer.state_dict().items())
     assert layer(x[:0]).shape == (0, 1, 130) and layer(x[0, 0]).shape == (130,)
     assert f"(in_features={C}, out_features=130, bias=True)" in repr(layer)
-
-
-@pytest.mark.parametrize("cls, sums", [  # of position * byte, of the release before
-    (Int8Linear, [4252918658, 1072832]), (Int8SparseLinear, [5354410396]), (Int4Linear, [1073472893, 13314838])])
-def test_stored_bytes_stay(cls, sums):
-    """Of weights without rounding of their own: a folder that was quantized earlier has to load, as good as it was."""
-    linear = torch.nn.Linear(128, 64).bfloat16()
-    linear.weight.data = ((torch.arange(64 * 128).view(64, 128) * 37 % 101 - 50) / 64).bfloat16()
-    stored = [t.contiguous().flatten().view(torch.uint8).long() for t in cls(linear, 64).buffers()]
-    assert [(t * (torch.arange(len(t)) + 1)).sum().item() for t in stored] == sums
 
 
 @each_format
@@ -2015,36 +1660,23 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
         assert max(relative_error(layer, x[:, :C]), relative_error(layer, x.flatten()[1 : C + 1])) < 0.01
         is_used_in_place = layer.packed is not None and layer.packed.data_ptr() == weight.data_ptr()
         assert is_used_in_place == (C == 48 and offset == 0) and layer.weight.data_ptr() == weight.data_ptr()
-
-
-@pytest.mark.parametrize("cls", [Int8Linear, Int4Linear])
-def test_packed_copies_are_private(cls):
-    layer = cls(torch.nn.Linear(256, 100).bfloat16(), 64)
     for change in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), torch.nn.Module.float,
                    lambda layer: layer.load_state_dict(layer.state_dict()) and layer, lambda layer: layer.to("meta")):
-        layer.packed = torch.zeros(1)
+        layer.packed = torch.zeros(1)  # a private copy
         assert list(layer.state_dict()) == ["bias", "weight", "scale"] and change(layer).packed is None
 
 
-@pytest.mark.parametrize("capability", every(["avx2", "default"], ["avx2"]))
-def test_int4_on_other_processors(capability):
-    """PyTorch's kernel orders the codes by the processor's abilities, which this variable hides from a new process."""
-    code = ("import torch, persimmon; torch.set_grad_enabled(False); x = torch.rand(2, 256).bfloat16(); "
-            "m = persimmon.Int4Linear(torch.nn.Linear(256, 100).bfloat16(), 64); y = m(x) - m.dequant_matmul(x); "
-            "print(m.packed.data_ptr() != m.weight.data_ptr(), (y - m.bias).abs().max().item() < 0.02)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
-                            env={**os.environ, "ATEN_CPU_CAPABILITY": capability})
-    assert result.stdout == "True True\n", result.stderr
-
-
 @pytest.mark.parametrize("group_size, tiles", [(32, 2), (64, 4), (128, 8)])
-def test_int4_is_packed_for_cuda(group_size, tiles):
-    """What PyTorch's CUDA packing reads, by its source: bytes (O, C/2), the even input in the high half."""
+def test_int4_is_packed_for_other_processors(group_size, tiles):
+    """For CUDA as PyTorch's packing reads it, by its source: bytes (O, C/2), the even input in the high half."""
     layer, operator = Int4Linear(torch.nn.Linear(3 * group_size, 100), group_size), Mock(return_value="packed")
     assert layer.pack(operator, is_cuda=True) == "packed"
     (data, given), _ = operator.call_args
     high, low = (layer.codes(0, 128).T + 8).byte().unflatten(1, (-1, 2)).unbind(2)
     assert given == tiles and data.dtype == torch.uint8 and data.is_contiguous() and torch.equal(data, high * 16 + low)
+    operator.side_effect = lambda codes, _: (codes[:, ::2] << 4 | codes[:, 1::2]).byte()  # not in AVX-512's order
+    assert torch.equal(layer.pack(operator, is_cuda=False), data)
+    assert operator.call_args[0][0].is_contiguous() and operator.call_args[0][0].dtype == torch.int32
 
 
 @pytest.mark.parametrize("kind, group_size, limit", [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
@@ -2069,10 +1701,10 @@ def test_quantize_model(folders, tmp_path, kind, group_size, limit):
         with torch.autocast("cpu", torch.bfloat16):
             assert all(close(model(ids[:, :n]).logits.float(), expected[:, :n], 0.1) for n in (1, T))
     model.save_pretrained(tmp_path)
-    again = PersimmonForCausalLM.from_pretrained(tmp_path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor) and torch.equal(again.state_dict()[name], tensor)
-    again.model.save_pretrained(tmp_path / "inner")  # a model in its own right
+    (twin := PersimmonForCausalLM(model.config)).load_state_dict(model.state_dict())
+    for other in (loaded, twin, PersimmonForCausalLM.from_pretrained(tmp_path)):
+        assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    other.model.save_pretrained(tmp_path / "inner")  # a model in its own right
     for folder in (tmp_path, tmp_path / "inner"):
         assert torch.equal(PersimmonModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
     ids = Tokenizer(TINY)("JULIET:\nO Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father!\n")["input_ids"]
@@ -2094,14 +1726,6 @@ def test_quantize_model_refuses():
             *((part, ["int4"], "the model is quantized already, in int8") for part in (done, done.model))):
         with pytest.raises(ValueError, match=f"^{message}$"):
             quantize_model(part, *arguments)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_model_from_a_quantized_config(kind):
-    model = quantize_model(randomize(PersimmonForCausalLM(CONFIGS["D64"])), kind, 64).eval()
-    twin, ids = PersimmonForCausalLM(model.config).eval(), random_ids(model.config)
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(twin(ids).logits, model(ids).logits) and "in_features=128, out_features=384" in repr(twin)
 
 
 # === Part III c. CUDA ================================================================================================
