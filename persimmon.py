@@ -1,37 +1,37 @@
 """Persimmon-8B, Adept's decoder-only language model of 2023, in one file.
 
-To use it in another project, copy the file: importing it needs torch alone. Weights have the names
-that transformers gives them, and logits match transformers' up to rounding.
+To use it in another project, copy the file. Importing it needs torch; loading weights also needs
+safetensors, and Tokenizer needs sentencepiece. Weights are named as in transformers, and logits
+match up to rounding.
 
     model, tokenizer = PersimmonForCausalLM.from_pretrained(folder), Tokenizer(folder)
     output = model.generate(**tokenizer("The theory of relativity states"), max_new_tokens=20)
     print(tokenizer.decode(output[0]))
 
-    Part I    the model: config, RoPE, attention, MLP, KV cache, sampling, generate. Written to be
-              read from the top; you can stop at its end.
+    Part I    the model, down to sampling and generate. Read from the top; you can stop at its end.
     Part II   around the model: config.json, weights, tokenizer, chat prompt, classifiers.
-    Part III  the same, faster: a. on CPUs, b. in int8 and int4, c. on CUDA, d. on several devices.
-              Delete any of these blocks, from its banner to the next, and the rest still runs.
+    Part III  the same model, faster: a. CPUs, b. int8 and int4, c. CUDA, d. several devices. You
+              can delete any of these blocks, from its banner to the next: the rest still runs.
 
-Shapes. One letter is one axis, in all comments:
+Shapes. Each letter means the same axis everywhere:
 
     B  batch                           H  attention heads                C  hidden size, C = H*D
     T  new positions (or a prompt)     D  head size                      F  feed-forward size, 4*C
     S  cached + new positions          R  part of D that RoPE rotates    L  layers
     N  positions a cache has room for  O  outputs of a single matrix     V  vocabulary
 
-What is odd about Persimmon, and easy to miss ("the original" is persimmon-ai-labs/adept-inference):
+What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-labs/adept-inference):
 
  1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D].
-    Read in the other order, every shape still fits, and the model writes noise.
- 2. Queries and keys pass a LayerNorm over D, with weight and bias, before RoPE. The heads of a
-    layer share it.
+    If you read them in the other order, every shape still fits, but the model writes noise.
+ 2. Before RoPE, queries and keys each go through a LayerNorm over D, with weight and bias. All
+    heads of a layer share these two norms.
  3. RoPE rotates only the first R = D/2 dimensions of a head. It pairs dimension i with i + R/2
     (not 2i with 2i + 1), and its theta is 25000.
- 4. The activation is relu(x)**2. It overflows float16 in training: fine-tune in bfloat16.
+ 4. The activation is relu(x)**2, which overflows float16 from x = 256 on: fine-tune in bfloat16.
  5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding.
- 6. `|ENDOFTEXT|`, id 71013, both begins and ends a text; the hub's tokenizer puts it in front.
- 7. Ids 3 to 70002 are reserved for images and unused: their logits are there, and stay near -17.
+ 6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
+ 7. Ids 3 to 70002 are reserved for images and unused. They have logits too, which stay near -17.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Hyperparameters of a checkpoint, named as in its config.json; the defaults are the 8B's."""
+    """Hyperparameters, named as in config.json. The defaults are those of Persimmon-8B."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
     intermediate_size: int = 16384  # F
     num_hidden_layers: int = 36  # L
     num_attention_heads: int = 64  # H
-    max_position_embeddings: int = 16384  # the context in tokens, prompt and answer together
+    max_position_embeddings: int = 16384  # the context: tokens of prompt and answer together
     hidden_dropout: float = 0.0  # in training, on the MLP's output
     attention_dropout: float = 0.0  # in training, on the attention weights
     layer_norm_eps: float = 1e-5
@@ -69,12 +69,12 @@ class PersimmonConfig:
     bos_token_id: int | None = 71013
     eos_token_id: int | list[int] | None = 71013  # generation stops at any of them
     pad_token_id: int | None = None
-    dtype: str | None = None  # of the stored weights, such as "bfloat16"; dtype="auto" takes it
-    num_labels: int = 2  # of a classifier; config.json lists them as id2label
+    dtype: str | None = None  # of stored weights, e.g. "bfloat16"; from_pretrained's default
+    num_labels: int = 2  # of a classifier; in config.json, the length of id2label
     id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
     problem_type: str | None = None  # of sequence classification; None: see classification_loss
     classifier_dropout: float | None = None  # of token classification; None: hidden_dropout
-    quantization: dict[str, Any] | None = None  # how the matrices are stored; None: as they are
+    quantization: dict[str, Any] | None = None  # see quantize_model; None: not quantized
 
     @property
     def head_dim(self) -> int:
@@ -89,12 +89,12 @@ class PersimmonConfig:
 
 def rope_tables(position_ids: Tensor, config: PersimmonConfig,
                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (B, T), each (B, T, 1, R/2); the 1 is for the heads.
+    """Cosines and sines for positions (B, T), each (B, T, 1, R/2): the 1 broadcasts over heads.
 
-    Rotary positions (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated by
-    p * theta**(-2i/R), i = 0 ... R/2 - 1. The slowest pair makes a full turn in
-    2 pi theta**(1 - 2/R) = 83,000 positions, five contexts of 16384; it would be 35,000 with the
-    usual theta of 10000. Angles need float32; only the tables are rounded, as in transformers.
+    Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated
+    by the angle p * theta**(-2i/R), for i = 0 ... R/2 - 1. The slowest pair needs
+    2 pi theta**(1 - 2/R) = 83,000 positions for a full turn, five times the context. Angles are in
+    float32, as bfloat16 rounds position 257 to 256. The tables are rounded, as in transformers.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -104,26 +104,26 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of each head of x, (B, T, H, D), and keep the others: (a, b) ->
-    (a cos - b sin, b cos + a sin), where a is the first half of the R dimensions and b the second,
-    the pairing of GPT-NeoX and of `rotate_half` in transformers."""
+    """Rotate the first R dimensions of each head of x, (B, T, H, D); the others stay. With a the
+    first half of the R dimensions and b the second, (a, b) -> (a cos - b sin, b cos + a sin).
+    GPT-NeoX pairs dimensions like this too, and so does `rotate_half` in transformers."""
     R = 2 * cos.shape[-1]
     a, b = x[..., : R // 2], x[..., R // 2 : R]  # (B, T, H, R/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., R:]), dim=-1)
 
 
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
-    """Which of S positions each of T new ones may look at: bool, (1, 1, T, S) or (B, 1, T, S).
+    """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
-    input_pos (T) are the indices of the new ones, after the cached ones: S - T ... S - 1. Returning
-    None asks for plain causal attention; if you change what is visible, always return a mask.
-    Without padding there are three cases, and two of them need no mask:
-        T = S      the text so far is all new: plain causal attention, SDPA's `is_causal`: None
-        T = 1      one new position may look at everything: None
-        1 < T < S  a chunk after a prefix: row t may look at columns 0 ... S - T + t. `is_causal` is
-                   wrong here: it aligns its triangle with the top left corner, not bottom right.
-    In every case, padding (zeros in attention_mask (B, S)) hides columns. A padded position may
-    still look at itself: a row that sees nothing is 0/0 in the softmax, and NaN spreads.
+    The new positions follow the cached ones: input_pos (T) is S - T ... S - 1. None means plain
+    causal attention, in which a position sees itself and all before it. If you change that, say to
+    a sliding window, return a mask in every case. Without padding, only the third case needs one:
+        T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
+        T = 1      the one new position sees everything, so None
+        1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
+                   is wrong here: its triangle starts at the top left, not at the bottom right.
+    Padding, zeros in attention_mask (B, S), hides columns in all three. But a padded position sees
+    itself: in a row that sees nothing, the softmax is 0/0, and the NaN spreads to other rows.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -137,17 +137,17 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
-    mask, T > 1 positions are causal among themselves."""
+    mask, T > 1 means T = S and causal attention; a single position sees all S."""
     is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile needs a bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, so that a pass computes only the new ones.
+    """Keys and values of all positions so far, so that a pass computes them only for new ones.
 
     Memory for N positions is allocated up front, 2*L*C elements per position and row: 576 KiB for
-    the 8B in 16 bit. `length` is the number of positions filled, and the only record of it. Use
-    the cache under torch.no_grad(): writing in place breaks a backward pass.
+    the 8B in 16 bit. `length` alone says how many positions are filled: what lies beyond
+    them means nothing. Use a cache under torch.no_grad(): in-place writes break the backward pass.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -158,30 +158,30 @@ class KVCache:
         self.length = 0
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """The indices (T) in the cache of T new tokens, and S; ValueError if they do not fit."""
+        """The cache indices (T) of T new tokens, and S. ValueError if the tokens do not fit."""
         (_, rows, _, N, _), S = self.keys.shape, self.length + T
         if B != rows or S > N:
             raise ValueError(f"the cache is for {rows} rows of {N} positions, not {B} of {S}")
         return torch.arange(self.length, S, device=self.keys.device), S
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Store k and v of one layer's new positions, (B, H, T, D), and attend to all there are."""
+        """Store a layer's new k and v, (B, H, T, D), then let q attend to all positions so far."""
         S = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : S] = k
         self.values[layer, :, :, self.length : S] = v
-        if self.length > 0:  # else the new ones are all there are
+        if self.length > 0:  # otherwise k and v are complete already
             k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`: up after a pass, or down, to forget the positions beyond it."""
+        """Set `length`. A pass raises it at its end; lower it to forget all positions beyond."""
         self.length = length
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head, with q, k = RoPE(LayerNorm(.)). The norm keeps the
-    scores from growing in training until the softmax saturates (Dehghani et al., arXiv
-    2302.05442). Source: the original's megatron/model/transformer.py."""
+    """softmax(q k^T / sqrt(D)) v for each head, where RoPE(LayerNorm(.)) is applied to q and to k.
+    Without the norm, scores can grow in training until the softmax saturates (Dehghani et al.,
+    arXiv 2302.05442). Source: the original's megatron/model/transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W2 relu(W1 x + b1)**2 + b2. In the trained model, 90% of the activations are exactly zero."""
+    """W2 relu(W1 x + b1)**2 + b2. In the trained 8B, 90% of h is exactly 0; Part III skips it."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Attention(norm(x)), then x + MLP(norm(x)): a pre-norm decoder layer."""
+    """A pre-norm decoder layer: x + Attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -242,18 +242,18 @@ class Block(nn.Module):
 
 
 class ModelOutput(NamedTuple):
-    """What PersimmonModel returns."""
+    """What PersimmonModel returns: a tuple of one, whose field is named as in transformers."""
     last_hidden_state: Tensor  # (B, T, C), after the final norm
 
 
 class HeadOutput(NamedTuple):
-    """What a model with a head returns: logits, and with labels the mean loss in float32 (nats)."""
+    """What a model with a head returns. Loss: mean, in float32 (nats); None without labels."""
     loss: Tensor | None
     logits: Tensor
 
 
 class PersimmonPreTrainedModel(nn.Module):
-    """Shared by all models: new weights, from_pretrained, save_pretrained."""
+    """What all models share: initial weights, from_pretrained, save_pretrained."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -263,10 +263,10 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """New weights: matrices normal, std initializer_range; weights of norms 1; biases 0."""
+        """Initial weights: matrices normal with std initializer_range; norms 1; biases 0."""
         part = self if part is None else part
         for name, p in part.named_parameters():
-            if p.dim() == 2 and not p.is_meta:  # on meta, normal_ would import dynamo, for 1.3 s
+            if p.dim() == 2 and not p.is_meta:  # on meta, normal_ imports dynamo: 1.3 s
                 nn.init.normal_(p, std=self.config.initializer_range)
             elif p.dim() == 1:
                 nn.init.constant_(p, float(name.endswith("weight")))
@@ -275,13 +275,13 @@ class PersimmonPreTrainedModel(nn.Module):
                 nn.init.zeros_(m.weight[m.padding_idx])
 
     def post_init(self, part: nn.Module) -> None:
-        """New weights for `part`; and matrices in int8 or int4, if the config asks for them."""
+        """Initial weights for `part`; then quantize the model, if its config asks for that."""
         self.init_weights(part)
         if (asked := self.config.quantization) is not None:
             QUANTIZERS[asked["quantize"]](self, asked["group_size"])
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute blocks in the backward pass, to save memory (Chen et al., arXiv 1604.06174)."""
+        """Save memory: recompute blocks in the backward pass (Chen et al., arXiv 1604.06174)."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -290,7 +290,7 @@ class PersimmonPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
                         device: str | torch.device | None = None, **options: Any) -> Any:
-        """The model in `folder`, config.json and safetensors, in eval mode: see `load`."""
+        """Load config.json and safetensors from `folder`; the model is in eval mode. See `load`."""
         return load(cls, Path(folder), dtype, device, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -299,11 +299,11 @@ class PersimmonPreTrainedModel(nn.Module):
 
 
 class PersimmonModel(PersimmonPreTrainedModel):
-    """Token ids to hidden states: embedding, L blocks, a final norm. New weights are random."""
+    """From token ids to hidden states: embedding, L blocks, a final norm."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # Row padding_idx gets no gradient. (nn.Embedding() would fill the matrix before post_init.)
+        # nn.Embedding() would draw weights, as post_init does. Row padding_idx gets no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -316,12 +316,12 @@ class PersimmonModel(PersimmonPreTrainedModel):
                 inputs_embeds: Tensor | None = None) -> ModelOutput:
         """Hidden states of T new tokens, input_ids (B, T) or inputs_embeds (B, T, C).
 
-        attention_mask (B, S), 1 for a token and 0 for padding on either side, covers what `cache`
-        holds and what is new: with padding in the cache, pass it in every call. Results at padding
-        mean nothing. position_ids, (B, T) or (1, T), are for RoPE; by default they count the tokens
-        before each: the mask 0 0 1 1 1 gives 0 0 0 1 2 (and fills indices 0 to 4 of the cache).
-        Raises ValueError for inputs that do not fit each other or the cache, and for training in
-        float16, which turns the weights into NaN.
+        attention_mask (B, S), 1 for tokens and 0 for padding on either side, covers cached and new
+        positions: if there is padding in `cache`, pass the mask in every call. Outputs at padding
+        mean nothing. position_ids, (B, T) or (1, T), are for RoPE alone. By default they count the
+        tokens before each one: a mask 0 0 1 1 1 gives 0 0 0 1 2, at indices 0 to 4 of the cache.
+        Raises ValueError if inputs do not fit each other or the cache, and in float16 training,
+        which turns the weights into NaN.
         """
         if self.training and self.dtype == torch.float16:
             raise ValueError("float16 turns weights into NaN in training: use bfloat16, or eval()")
@@ -354,29 +354,29 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
 
 class PersimmonForCausalLM(PersimmonPreTrainedModel):
-    """The language model: PersimmonModel, and a Linear from hidden states to logits."""
+    """The language model: PersimmonModel, then a Linear from hidden states to logits."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
         self.model = PersimmonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
-        self.fast = True  # False: `generate` runs the model plainly, and drops Part III's engine
-        self.engine, self.sample, self.cache_config = None, sample, config  # see Part III d
+        self.fast = True  # False: `generate` runs this code alone, without Part III's engines
+        self.engine, self.sample, self.cache_config = None, sample, config  # Part III sets others
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
                 logits_to_keep: int = 0) -> HeadOutput:
-        """Logits (B, T, V), or with logits_to_keep = n of the last n positions; 0 means all.
+        """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
-        labels (B, T) are the ids at the same positions, -100 where a token does not count; logits
-        at t are scored against the label at t + 1. The rest is as in PersimmonModel.forward.
+        labels (B, T) are input_ids with -100 where a token does not count. Do not shift them: here
+        logits at t are scored against the label at t + 1. The rest: see PersimmonModel.forward.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
         output = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # -0 is 0: all
+        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # -0: is 0:, all
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].flatten(0, 1).float()
@@ -385,8 +385,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  max_length: int | None = None, **options: Any) -> Tensor:
-        """The prompts input_ids (B, T) and what follows them, (B, T + new tokens), filled up with
-        padding. For options see the function `generate`; max_length counts the prompt too."""
+        """The prompts input_ids (B, T) with their continuations: (B, T + new tokens), padding after
+        the end of a row. Options: see the function `generate`; max_length counts the prompt too."""
         if max_length is not None:
             if "max_new_tokens" in options:
                 raise ValueError("give max_new_tokens or max_length, and not both")
@@ -395,29 +395,29 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the engine out of copies and pickles: it belongs to one model."""
+        """For copies and pickles, without the engine, which belongs to this model alone."""
         return {**self.__dict__, "engine": None}
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """One id per row, (B), from logits (B, V), row b by generators[b]; transformers' filter order.
+    """Draw ids (B) from logits (B, V), row b with generators[b]. In this order, as in transformers:
 
-    temperature  divides the logits; 0 is greedy: the largest logit, of equal ones the lowest id
+    temperature  divides the logits; 0 is greedy: the largest logit, and if several, the lowest id
     top_k        keeps the k likeliest tokens; 0 keeps all
-    top_p        keeps the fewest, likeliest first, whose probabilities reach p (arXiv 1904.09751)
+    top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
-    if temperature < 1e-30:  # far below, it would round to 0 in float32, and 0 / 0 is NaN
+    if temperature < 1e-30:  # a still smaller one is 0 in float32, and 0 / 0 is NaN
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
     if top_k > 0 or top_p < 1:
         total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if logits.device.type == "cpu" and logits.shape[1] > 1024:
-            # Sorting 262,144 logits takes 30 ms; finding the 1024 largest takes 1 ms and nearly
-            # always suffices. topk may drop ties with the smallest: only larger ones are trusted.
-            top_ids = logits.topk(1024).indices.sort().values
+            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. Of
+            # logits equal to the smallest, topk may drop some: only larger ones count as sure.
+            top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
             reached = is_sure.sum(-1) if top_k > 0 else (top.exp() * is_sure).sum(-1) / total[:, 0]
@@ -430,31 +430,31 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if top_p < 1:
             p = logits.exp() / total
-            is_outside = p.cumsum(-1) - p >= top_p  # the tokens before this one reach it already
+            is_outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already reach it
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]. In float64, since
-    # many small weights add up. Unlike torch.multinomial, it never waits for the device.
+    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]. In float64, to
+    # keep small weights in the sum. Unlike torch.multinomial, this never waits for a GPU.
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
     u = 1 - torch.stack(random)  # (B, 1)
     choice = torch.searchsorted(cumsum, u * cumsum[:, -1:])  # (B, 1)
-    choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1), for NaN, which `generate` reports
+    choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1); for NaN, it is past the end
     return ids.gather(-1, choice)[:, 0]
 
 
 class Step(NamedTuple):
-    """One step of `generate` for B rows; rows that have stopped go on with padding and 0.0."""
-    tokens: list[int]  # the ids chosen
-    logprobs: list[float]  # their log-probabilities in nats, before penalty, temperature, filters
-    finish_reasons: list[str | None]  # "stop": a stop id; "length": max_new_tokens; "context": full
+    """One token for each of B rows; a row that has stopped gets padding and logprob 0.0."""
+    tokens: list[int]
+    logprobs: list[float]  # by the model alone, in nats: before penalty, temperature and filters
+    finish_reasons: list[str | None]  # "stop", "length" or "context": see generate; None: not yet
 
 
 class Engine:
-    """How `generate` runs a model. This one runs it as it is; those of Part III are faster. During
-    a pass they may replace the `forward` of modules; after it, everything is as before."""
+    """How `generate` runs a model. This one just calls it; those of Part III are faster. They may
+    replace the `forward` of modules, but only during a pass."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         self.model = model
@@ -465,17 +465,17 @@ class Engine:
         return KVCache(model.cache_config, B, N, model.dtype, device or model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits (B, V) in float32 after new ids (B, T); mask (B, S or more) covers padding."""
+        """Logits (B, V) in float32 after the last of ids (B, T); mask is (B, S) or wider."""
         mask = None if mask is None else mask[:, : cache.length + ids.shape[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    prefill = decode = next_logits  # the pass over the prompt, and those over one token per row
+    prefill = decode = next_logits  # the pass over the prompt; later ones, over one token per row
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Get ready to decode, if that takes seconds; else the first `decode` does it."""
+        """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's tokens (B) and log-probabilities (B) as lists; an engine may run ahead."""
+        """Each step's ids (B) and log-probabilities (B) as lists; some engines run a step ahead."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -486,7 +486,7 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {}  # f(model, group_size, progress=
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The model's engine: a plain one in training, under autocast, or with model.fast = False."""
+    """The device's engine; the plain one in training, under autocast, or if not model.fast."""
     device = model.device.type
     is_fast = device in ENGINES and model.fast and not model.training
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
@@ -496,7 +496,7 @@ def engine_for(model: PersimmonForCausalLM) -> Engine:
 
 
 def check_options(**options: float) -> None:
-    """Raises ValueError for an option of `generate` that is out of range."""
+    """Raise ValueError for an option of `generate` that is out of range."""
     ranges = {"top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-3, 1e3),
               "seed": (0, 2**63 - 1), "max_new_tokens": (1, math.inf)}
     for name, value in options.items():
@@ -506,7 +506,7 @@ def check_options(**options: float) -> None:
 
 
 def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Prompts (B, T) and their mask with all padding in front, so that every row goes on at T."""
+    """Prompts (B, T) and mask with all padding moved to the front: every row continues at T."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"the prompt is {tuple(ids.shape)}: it has to be (B, T), with T > 0")
     if ids.min() < 0 or ids.max() >= vocab_size:
@@ -516,7 +516,7 @@ def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tup
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
     if not mask.any(1).all():
         raise ValueError(f"row {mask.any(1).tolist().index(False)} of the prompt is all padding")
-    order = mask.argsort(dim=1, stable=True)  # (B, T)
+    order = mask.argsort(dim=1, stable=True)  # (B, T): padding first, tokens in their old order
     return ids.gather(1, order), mask.gather(1, order)
 
 
@@ -526,19 +526,19 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
              top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
              seed: int | None = None, stop_ids: Iterable[int] | None = None,
              cache: KVCache | None = None) -> Iterator[Step]:
-    """Continue prompts, one token per row and step, until every row has stopped.
+    """Continue prompts by one token per row and step, until every row has stopped.
 
-    The prompts are input_ids (B, T), with zeros in attention_mask (B, T) for padding on either
-    side; apart from rounding, rows do not influence each other. Row b draws from its own generator,
-    seeded seed + b; without a seed, each call draws one. A row stops at one of stop_ids, by
-    default eos_token_id, after max_new_tokens, or when the context of max_position_embeddings
-    tokens is full; a `cache` for N positions is full after N + 1, as the last token is not stored.
-    `cache` may already hold the start of an unpadded prompt: still pass all of the prompt.
+    The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
+    from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
+    seed, each call has a new one. A row ends with "stop" at one of stop_ids (eos_token_id, if not
+    given), with "length" after max_new_tokens, or with "context" at max_position_embeddings tokens,
+    or N + 1 with a `cache` for N, as the last one is not stored. If `cache` already holds the start
+    of an unpadded prompt, only the rest is computed; still pass the whole prompt.
 
-    Raises ValueError, at the first step, for options out of range and prompts that are empty, hold
-    ids outside the vocabulary, or fill the context; FloatingPointError for logits that are NaN.
+    The first step raises ValueError for options out of range and for prompts that are empty, have
+    ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
     """
-    seed = torch.Generator().seed() % 2**62 if seed is None else seed
+    seed = torch.Generator().seed() % 2**62 if seed is None else seed  # in check_options' range
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                   min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     config, eos, pad = model.config, model.config.eos_token_id, model.config.pad_token_id
@@ -560,13 +560,13 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # for padding, the last id
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding marks the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
     def results() -> Iterator[tuple[Tensor, Tensor]]:
-        """Each step's ids (B) and their log-probabilities (B), on the device."""
-        new = ids[:, cache.length :]  # in the first pass what the cache lacks, then one token a row
+        """Each step's ids (B) and their log-probabilities (B), still on the device."""
+        new = ids[:, cache.length :]  # what the cache lacks of the prompt; later, one token per row
         for step in range(1, steps + 1):
             engine = engine_for(model)  # the caller may change the model between steps
             next_logits = engine.prefill if step == 1 else engine.decode
