@@ -93,8 +93,8 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
 
     Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated
     by the angle p * theta**(-2i/R), for i = 0 ... R/2 - 1. The slowest pair needs
-    2 pi theta**(1 - 2/R) = 83,000 positions for a full turn, five times the context. Angles are in
-    float32, as bfloat16 rounds position 257 to 256. The tables are rounded, as in transformers.
+    2 pi theta**(1 - 2/R) = 83,000 positions for a full turn, five contexts; two with the usual
+    theta of 10000. In float32, as bfloat16 rounds position 257 to 256; only the tables are rounded.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -1387,7 +1387,10 @@ class CpuEngine(TableEngine):
             # Large scores show a clamp, for example. In 16 bit they differ by rounding.
             fast, plain = (attend(kind, dtype, 1) for kind in (TransposedKVCache, KVCache))
             fast_large = attend(TransposedKVCache, torch.float32, 16)
-            if is_as_exact(fast, plain, exact) and is_as_exact(fast_large, large, large):
+            # The two heads of keys would hide that several heads of q share one.
+            H, keys = self.model.cache_config.num_attention_heads, super().make_cache(1, 1).keys
+            if (keys.shape[2] == H and is_as_exact(fast, plain, exact)
+                    and is_as_exact(fast_large, large, large)):
                 return True
         warnings.warn("TransposedKVCache does not attend like this file's KVCache: it is not used, "
                       "and long caches are read more slowly")
