@@ -874,8 +874,6 @@ def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
 def settle(folder: Path) -> None:
     """Finish a `staging` that was interrupted in its last step: move the files, all complete."""
     complete = folder / ".complete"
-    if (complete / "model.safetensors.index.json").is_file():
-        (folder / "model.safetensors").unlink(missing_ok=True)  # `load` would prefer it
     with suppress(FileNotFoundError, NotADirectoryError):  # nothing to do, or just done
         for file in list(complete.iterdir()):
             with suppress(FileNotFoundError):  # another process has just moved it
