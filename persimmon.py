@@ -1367,6 +1367,7 @@ class CpuEngine(TableEngine):
         content = torch.randn(2, 1, 1, 2, N, D, generator=random).to(dtype)
         qkv = torch.randn(3, 1, 2, 3, D, generator=random).to(dtype)  # of three new positions
         two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
+        padded = (torch.arange(N) >= N // 3)[None, None, None]
 
         def attend(kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
             cache, results = kind(config, 1, N, dtype, "cpu"), []
@@ -1374,7 +1375,7 @@ class CpuEngine(TableEngine):
             cache.keys = cache.keys.expand(L, -1, -1, -1, -1)  # the same memory for every layer
             cache.values = cache.values.expand(L, -1, -1, -1, -1)
             for layer in range(L):
-                for start, stop, mask in ((0, 2, two_at_once), (2, 3, None)):
+                for start, stop, mask in ((0, 2, two_at_once), (2, 3, None), (2, 3, padded)):
                     cache.crop(N - 3 + start)
                     q, k, v = qkv[:, :, :, start:stop].to(dtype)
                     results.append(cache.attend(layer, q * scale, k, v, mask))
