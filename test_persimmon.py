@@ -513,10 +513,6 @@ def plain_sparse_linear(linear, table, x, residual, arrived) -> torch.Tensor:
     return x @ table + linear.bias + residual if table.dtype == x.dtype else linear(x) + residual
 
 
-def to_double(x):
-    return x.double() if isinstance(x, torch.Tensor) else x
-
-
 def plain_attend(layer, qkv, rope, mask, cache) -> torch.Tensor:
     """fused_attend; like the kernel, it finds the position in memory, when it is captured and replayed."""
     (B, T, _), N, row = qkv.shape, cache.keys.shape[3], cache.positions(*qkv.shape[:2])[0][:, None]
@@ -1640,8 +1636,7 @@ def test_quantize_model_refuses():
             (model, ["int4", 32], "model.layers.0.*: a matrix of 48 inputs can't be quantized in groups of 32"),
             (lm, ["int8"], "lm_head: weights that are not finite can't be quantized"),
             *((part, ["int4"], "the model is quantized already, in int8") for part in (done, done.model))):
-        with pytest.raises(ValueError, match=f"^{message}$"):
-            quantize_model(part, *arguments)
+        refuses(f"^{message}$", quantize_model, part, *arguments)
 
 
 # === Part III c. CUDA ================================================================================================
@@ -1749,7 +1744,8 @@ def test_fused_linear_runs(kernels, monkeypatch, dtype):
             others = residual if has_residual else None, square
             y = fused_linear(linear.eval(), x, norm if has_norm else None, *others)
             linear, norm = copy.deepcopy(linear).double(), norm.double() if has_norm else None
-            expected = persimmon.fused_linear(linear, x.double(), norm, *map(to_double, others))
+            exact = residual.double() if has_residual else None
+            expected = persimmon.fused_linear(linear, x.double(), norm, exact, square)
             assert y.dtype == dtype and y.shape == expected.shape
             assert (y - expected).norm() <= tolerance * expected.norm(), (kind, rows, C, O, has_norm, has_bias, *others)
         monkeypatch.setattr(persimmon, "triton_kernels", lambda: 1 / 0)  # what it can't take goes to PyTorch
@@ -1911,6 +1907,9 @@ def test_cuda_engine_skips_zeros(monkeypatch):
     with pytest.warns(match="CUDA kernels are not used"):
         model.generate(ids, max_new_tokens=3)
     assert engine.tables == {} and engine.downs == []
+    engine.tables[down] = None
+    monkeypatch.setattr(StaticCache, "__init__", Mock(side_effect=[torch.OutOfMemoryError, None]))
+    assert type(engine.make_cache(1, 9)) is StaticCache and engine.tables == {}  # which make room for it
 
 
 # A change of a model; how many of the two kernels are left; how often a step is captured anew (not for a weight that is
@@ -2083,19 +2082,16 @@ def test_parallelize(monkeypatch):
     """What two processes can't share; packed weights are forgotten, and nothing can be saved."""
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    with pytest.raises(ValueError, match="takes a PersimmonForCausalLM, not a PersimmonModel"):
-        persimmon.parallelize(PersimmonModel(CONFIG))
+    refuses("takes a PersimmonForCausalLM, not a PersimmonModel", persimmon.parallelize, PersimmonModel(CONFIG))
     for sizes, error in (((98, 48, 80, 1, 3), "heads = 3 is not a multiple of 2"), ((97, 48, 80, 1, 2), "= 97"),
                          ((128, 128, 128, 1, 2), r"scale \(1, 128, 2\)"), ((200, 256, 256, 1, 2), "can't be divided")):
         model = PersimmonForCausalLM(PersimmonConfig(*sizes))
-        with pytest.raises(ValueError, match=error):
-            persimmon.parallelize(quantize_model(model, "int4") if sizes[1] > 48 else model)
+        refuses(error, persimmon.parallelize, quantize_model(model, "int4") if sizes[1] > 48 else model)
     model = quantize_model(PersimmonForCausalLM(PersimmonConfig(256, 128, 512, 1, 2)), "int8")
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     for layer in layers:
         layer.packed = torch.zeros(1)
-    with pytest.raises(ValueError, match="can't be saved after parallelize"):
-        persimmon.parallelize(model).save_pretrained("no")
+    refuses("can't be saved after parallelize", persimmon.parallelize(model).save_pretrained, "no")
     assert len(layers) == 5 and all(layer.packed is None for layer in layers)
 
 
@@ -2191,7 +2187,12 @@ def test_size():
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
 
 
-def test_importing_changes_and_imports_nothing_else():
+def test_importing_does_nothing_but_enter_engines_and_quantizers():
+    code = [ast.unparse(node) for node in ast.parse(SOURCE).body[1:]
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))]
+    names = "ENGINES: QUANTIZERS: DTYPES CONFIG_FIELDS TOKENIZER_FILES SAFETENSORS_DTYPES __all__ ENGINES['cpu'] " \
+        "__all__ QUANTIZERS['int8'] QUANTIZERS['int4'] ENGINES['cuda'] __all__"
+    assert " ".join(line.split()[0] for line in code) == names and all(line.endswith("] = {}") for line in code[:2])
     program = ("import sys, os, warnings, torch; os.environ.clear(); old = set(sys.modules), warnings.filters[:]; "
                "import persimmon; assert not os.environ and old[1] == warnings.filters; "
                "print(*{m.split('.')[0] for m in set(sys.modules) - old[0]} - sys.stdlib_module_names)")  # fmt: skip
@@ -2211,8 +2212,7 @@ def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
         assert [hasattr(module, name) for name in BLOCKS.values()] == [block not in letters for block in BLOCKS]
         for folder in (TINY, tmp_path / "large", tmp_path / "int8"):
             if folder.name == "int8" and "b" in letters:
-                with pytest.raises(ValueError, match=r"^[^\n]*int8[^\n]*$"):
-                    module.PersimmonForCausalLM.from_pretrained(folder)
+                refuses(r"^[^\n]*int8[^\n]*$", module.PersimmonForCausalLM.from_pretrained, folder)
                 continue
             module.PersimmonForCausalLM.from_pretrained(folder, dtype="float32").save_pretrained(tmp_path / "again")
             model = module.PersimmonForCausalLM.from_pretrained(tmp_path / "again")
