@@ -287,7 +287,6 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
     for name in "config", "generation_config", "model.safetensors.index", "pytorch_model.bin.index":
         if (file := path / f"{name}.json").exists():
             Window(file).read()  # refuses what is too large, or no file
-    persimmon.settle(path)
     config, raw = persimmon.load_config(path), persimmon.read_json(path / "config.json")
     if config.quantization is not None:
         raise ValueError(f"{path} is quantized already: start from weights in 16 or 32 bit")

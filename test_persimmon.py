@@ -2181,7 +2181,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2317), ("sample.py", 381), ("convert.py", 480)):
+    for name, limit in (("persimmon.py", 2317), ("sample.py", 381), ("convert.py", 479)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
