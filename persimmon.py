@@ -92,9 +92,9 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
     """Cosines and sines for positions (B, T), each (B, T, 1, R/2): the 1 broadcasts over heads.
 
     Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated
-    by the angle p * theta**(-2i/R), for i = 0 ... R/2 - 1. The slowest pair needs
-    2 pi theta**(1 - 2/R) = 83,000 positions for a full turn, five contexts; two with the usual
-    theta of 10000. In float32, as bfloat16 rounds position 257 to 256; only the tables are rounded.
+    by p * theta**(-2i/R), for i = 0 ... R/2 - 1. The slowest pair takes 2 pi theta**(1 - 2/R) =
+    83,000 positions for a full turn, five contexts; with the usual theta of 10000, it would be two.
+    Angles are in float32: bfloat16 would round position 257 to 256. Only the tables are rounded.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -116,7 +116,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
     The new positions follow the cached ones: input_pos (T) is S - T ... S - 1. None means plain
-    causal attention, in which a position sees itself and all before it. If you change that, say to
+    causal attention: a position sees itself and all before it. If you want anything else, such as
     a sliding window, return a mask in every case. Without padding, only the third case needs one:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
@@ -145,9 +145,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 class KVCache:
     """Keys and values of all positions so far, so that a pass computes them only for new ones.
 
-    Memory for N positions is allocated up front, 2*L*C elements per position and row: 576 KiB for
-    the 8B in 16 bit. `length` alone says how many positions are filled: what lies beyond
-    them means nothing. Use a cache under torch.no_grad(): in-place writes break the backward pass.
+    Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
+    the 8B in 16 bit. Only the first `length` positions count; the rest is uninitialized memory or
+    left over. Use a cache under torch.no_grad(): in-place writes break the backward pass.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -179,9 +179,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head, where RoPE(LayerNorm(.)) is applied to q and to k.
-    Without the norm, scores can grow in training until the softmax saturates (Dehghani et al.,
-    arXiv 2302.05442). Source: the original's megatron/model/transformer.py."""
+    """softmax(q k^T / sqrt(D)) v for each head; q and k are first normalized, then rotated. Without
+    the norm, scores can grow in training until the softmax saturates (Dehghani et al., arXiv
+    2302.05442). Source: the original's megatron/model/transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -401,7 +401,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Draw ids (B) from logits (B, V), row b with generators[b]. In this order, as in transformers:
+    """Draw ids (B) from logits (B, V), row b with generators[b]. Applied in transformers' order:
 
     temperature  divides the logits; 0 is greedy: the largest logit, and if several, the lowest id
     top_k        keeps the k likeliest tokens; 0 keeps all
@@ -530,10 +530,11 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
-    seed, each call has a new one. A row ends with "stop" at one of stop_ids (eos_token_id, if not
-    given), with "length" after max_new_tokens, or with "context" at max_position_embeddings tokens,
-    or N + 1 with a `cache` for N, as the last one is not stored. If `cache` already holds the start
-    of an unpadded prompt, only the rest is computed; still pass the whole prompt.
+    seed, each call has a new one. If `cache` already holds the start of an unpadded prompt, only
+    the rest is computed; still pass the whole prompt. A row ends with one of these reasons:
+        "stop"     it has reached one of stop_ids, by default eos_token_id
+        "length"   max_new_tokens are written
+        "context"  it has max_position_embeddings tokens, or N + 1 with a `cache` for N
 
     The first step raises ValueError for options out of range and for prompts that are empty, have
     ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
@@ -575,8 +576,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             if r != 1:
                 penalized = torch.where(logits > 0, logits / r, logits * r)  # (B, V)
                 penalized = torch.where(seen, penalized, logits)  # (B, V)
-            new = model.sample(penalized, generators, temperature, top_k, top_p, min_p)  # (B)
-            new = new[:, None]  # (B, 1)
+            new = model.sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]
             seen.scatter_(1, new, True)
             yield new[:, 0], logits.gather(1, new)[:, 0] - logits.logsumexp(-1)
 
