@@ -1447,7 +1447,6 @@ class QuantizedLinear(nn.Module):
 
     max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
     axes: tuple[dict[str, int], ...]  # stored tensor -> axis of the outputs; -> of the inputs
-    packed: Tensor | None = None  # the weight as the kernel wants it: private, made on first use
     is_by_input = False  # whether a row of `weight` is of one input, and not of one output
     extra_repr = nn.Linear.extra_repr
 
@@ -1456,6 +1455,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
+        self.packed: dict[str, Tensor] = {}  # as kernels want it: private copies, made on first use
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
@@ -1489,14 +1489,14 @@ class QuantizedLinear(nn.Module):
         return torch.cat([x @ self.dequantize(i, min(i + n, O), x.dtype) for i in starts], dim=-1)
 
     def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
-        return {**self.__dict__, "packed": None}
+        return {**self.__dict__, "packed": {}}
 
     def _apply(self, *args: Any, **options: Any) -> QuantizedLinear:  # what .to(device) calls
-        self.packed = None
+        self.packed = {}
         return super()._apply(*args, **options)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.packed = None
+        self.packed = {}
         super()._load_from_state_dict(*args)
 
 
@@ -1536,9 +1536,13 @@ class Int8Linear(QuantizedLinear):
         if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
             return None
         # It crashes unless 16 divides the address; in a file by another program it may not.
-        if self.packed is None:
-            self.packed = self.weight.clone() if self.weight.data_ptr() % 16 else self.weight
-        return operator(x, self.packed, self.scale.to(x.dtype))
+        if "cpu" not in self.packed:
+            copy_if = torch.clone if self.weight.data_ptr() % 16 else torch.Tensor.detach
+            self.packed["cpu"] = copy_if(self.weight)
+        return operator(x, self.packed["cpu"], self.scale.to(x.dtype))
+
+    # For CUDA's codes_kernel: codes, scale, offset and group size.
+    codes_by_output = property(lambda self: (self.weight, self.scale, None, self.in_features))
 
 
 class Int4Linear(QuantizedLinear):
@@ -1597,9 +1601,9 @@ class Int4Linear(QuantizedLinear):
         pack = private_operator(f"aten._convert_weight_to_int4pack{suffix}")
         if not (operator and pack and (x.is_cpu or is_ampere) and x.dtype == torch.bfloat16):
             return None
-        if self.packed is None:
-            self.packed = self.pack(pack, x.is_cuda)
-        y = operator(x, self.packed, self.group_size, self.scale.to(x.dtype))
+        if (device := x.device.type) not in self.packed:
+            self.packed[device] = self.pack(pack, x.is_cuda)
+        y = operator(x, self.packed[device], self.group_size, self.scale.to(x.dtype))
         return y[:, : self.out_features]
 
     def pack(self, operator: Callable[..., Tensor], is_cuda: bool) -> Tensor:
@@ -1615,6 +1619,24 @@ class Int4Linear(QuantizedLinear):
         if torch.equal(operator(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT):
             return self.weight.view(O, C // 2)
         return operator(self.codes(0, O).t().int().contiguous() + 8, 1)
+
+    def pack_by_output(self) -> tuple[Tensor, Tensor, Tensor, int] | None:
+        """Codes, scale, offset and group size for codes_kernel. codes are int8 (O, C/2): byte
+        [o, j] & 15 is the code of input j, and byte [o, j] & -16 is 16 (code - 8) of input C/2 + j.
+        scale and offset, float32 (C/g, O), allow for that. None if C is not a multiple of 2g."""
+        if self.in_features % (2 * self.group_size) != 0:
+            return None
+        if "codes" not in self.packed:
+            O = self.out_features
+            blocks = (self.codes(n, min(n + 4096, O)).chunk(2) for n in range(0, O, 4096))
+            codes = torch.cat([(low + 8 | high << 4).t() for low, high in blocks]).contiguous()
+            scale, offset = self.scale[:, :O].float().permute(2, 0, 1).contiguous()
+            offset.chunk(2)[0].sub_(scale.chunk(2)[0], alpha=8)
+            scale.chunk(2)[1].div_(16)
+            self.packed |= {"codes": codes, "scale": scale, "offset": offset}
+        return *(self.packed[name] for name in ("codes", "scale", "offset")), self.group_size
+
+    codes_by_output = property(pack_by_output)
 
 
 class Int8SparseLinear(QuantizedLinear):
@@ -1692,20 +1714,21 @@ QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *opti
 # === Part III c. CUDA =============================================================================
 #
 # A GPU reads the weights of a layer in a tenth of a millisecond, and Python takes longer to launch
-# its kernels. So a step is captured as a CUDA graph and replayed, with three kernels in Triton. (By
-# torch.compile for the last two, a token took 15% longer on an H200.)
+# its kernels. So a step is captured as a CUDA graph and replayed, with four kernels in Triton. (By
+# torch.compile for all but attention, a token took 15% longer on an H200.)
 #
 #   attention_kernel  all that lies between the QKV projection and the output projection
 #   linear_kernel     a matrix times a few rows, the norm before it, activation or residual after it
 #   sparse_kernel     the down-projection of one row, for which it skips inputs that are zero
+#   codes_kernel      what linear_kernel does, for one row and a matrix in int8 or int4
 
 import copy
 from functools import lru_cache
 
 
 @lru_cache
-def triton_kernels() -> tuple[Any, Any, Any] | None:
-    """attention_kernel, linear_kernel, sparse_kernel, summing in float32; None without Triton 3.4+.
+def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
+    """The four kernels, which sum in float32 or in integers; None without Triton 3.5 or newer.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
     1805.02867; FlashAttention, Dao et al., 2205.14135). A program has one query q and one split of
@@ -1725,7 +1748,7 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
         import triton.language as tl
     except ImportError:
         return None
-    if not hasattr(triton.JITFunction, "get_capture_scope"):  # before 3.4, no kernel in a function
+    if torch.torch_version.TorchVersion(triton.__version__) < "3.5":  # no tl.dot of few columns
         return None
 
     @triton.jit
@@ -1754,19 +1777,18 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
         head's splits share split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i +
         log2 l_i; and arrived (B*H), how many have finished."""
         head, t, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        b, h = (head // H).to(tl.int64), head % H
+        b, h, d = (head // H).to(tl.int64), head % H, tl.arange(0, D)
         length = tl.load(position).to(tl.int32) + t  # positions before this one
+        dtype = qkv.dtype.element_ty
+        qkv += ((b * T + t) * H + h) * 3 * D
+        out += ((b * T + t) * H + h) * D
+        cos, sin = cos + b * rope_stride + t * (R // 2), sin + b * rope_stride + t * (R // 2)
+        keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
+        q = norm_rope(qkv, q_weight, q_bias, q_eps, cos, sin, D, R).to(dtype)
+        k_new = norm_rope(qkv + D, k_weight, k_bias, k_eps, cos, sin, D, R).to(dtype)
+        v_new = tl.load(qkv + 2 * D + d)
         used = tl.maximum(tl.minimum(tl.cdiv(length, 128), SPLITS), 1)  # splits of 128 keys or more
         if split < used:
-            d = tl.arange(0, D)
-            dtype = qkv.dtype.element_ty
-            qkv += ((b * T + t) * H + h) * 3 * D
-            out += ((b * T + t) * H + h) * D
-            cos, sin = cos + b * rope_stride + t * (R // 2), sin + b * rope_stride + t * (R // 2)
-            keys, values = keys + (b * H + h) * N * D, values + (b * H + h) * N * D
-            q = norm_rope(qkv, q_weight, q_bias, q_eps, cos, sin, D, R).to(dtype)
-            k_new = norm_rope(qkv + D, k_weight, k_bias, k_eps, cos, sin, D, R).to(dtype)
-            v_new = tl.load(qkv + 2 * D + d)
             if split == 0 and length < N:
                 tl.store(keys + length * D + d, k_new)
                 tl.store(values + length * D + d, v_new)
@@ -1897,7 +1919,69 @@ def triton_kernels() -> tuple[Any, Any, Any] | None:
                 result += tl.load(split_out + n * O + o, cache_modifier=".cg")
             tl.store(y + o, result.to(y.dtype.element_ty))
 
-    return attention_kernel, linear_kernel, sparse_kernel
+    @triton.jit
+    def codes_kernel(x, codes, scale, offset, bias, norm_weight, norm_bias, eps, residual, y, O,
+                     C: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                     K: tl.constexpr, SQUARE: tl.constexpr):
+        """What linear_kernel does, for one row x (C) and W in codes, as codes_by_output gives them.
+        To convert codes to 16 bits takes longer than to read them. So x is made integer, step *
+        (128 high + low), for tensor cores that multiply integers of 8 bits. Its 15 bits are as
+        exact as bfloat16's 8, since |x| <= sqrt(C) rms. The right operand has columns for the high
+        and the low digits of each group of inputs, zero for other groups: so each group gets a sum
+        of its own, to be scaled. A program makes ROWS outputs; for each it reads N bytes, K at a
+        time, and requests a block three blocks before it is used."""
+        GROUPS: tl.constexpr = K // GROUP if GROUP < K else 1
+        o, k, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K), tl.arange(0, C)
+        is_high, group = tl.arange(0, 2 * GROUPS) < GROUPS, tl.arange(0, 2 * GROUPS) % GROUPS
+        # What is small is requested first, and used while the first codes are on their way.
+        row, result = tl.load(x + c).to(tl.float32), tl.zeros((ROWS,), tl.float32)
+        if norm_weight is not None:
+            g, h = tl.load(norm_weight + c), tl.load(norm_bias + c)
+        if offset is not None:
+            z = tl.load(offset + tl.arange(0, C // GROUP)[:, None] * O + o[None, :])
+        if bias is not None:
+            result += tl.load(bias + o).to(tl.float32)
+        if residual is not None:
+            r = tl.load(residual + o).to(tl.float32)
+        mean, rstd, step, acc = 0.0, 1.0, 1.0, tl.zeros((ROWS, 2 * GROUPS), tl.float32)
+        codes += o.to(tl.int64)[:, None] * N + k[None, :]
+        for first in tl.range(0, N, K, num_stages=4):
+            w = tl.load(codes + first, eviction_policy="evict_first")  # (ROWS, K)
+            if first == 0:
+                if norm_weight is not None:
+                    mean = tl.sum(row, 0) / C
+                    rstd = 1 / tl.sqrt(tl.sum((row - mean) * (row - mean), 0) / C + eps)
+                    row = (row - mean) * rstd * g + h
+                top = tl.max(tl.where(row == row, tl.abs(row), float("inf")), 0)  # NaN stays NaN
+                step = tl.maximum(top, 1e-30) / (127 * 128)
+                if offset is not None:
+                    sums = tl.sum(tl.reshape(row, (C // GROUP, GROUP)), 1)
+                    result += tl.sum(z * sums[:, None], 0)
+            for half in tl.static_range(C // N):  # int4: low halves of bytes, high halves
+                n = first + half * N
+                v = tl.load(x + n + k).to(tl.float32)
+                if norm_weight is not None:
+                    v = (v - mean) * rstd * tl.load(norm_weight + n + k)
+                    v += tl.load(norm_bias + n + k)
+                v = tl.floor(v / step + 0.5).to(tl.int32)
+                high = (v + 64) >> 7
+                digits = tl.where(is_high[:, None], high[None, :], (v - high * 128)[None, :])
+                if GROUPS > 1:
+                    digits = tl.where(group[:, None] == (k // GROUP)[None, :], digits, 0)
+                part = w if C == N else (w & 15 if half == 0 else w & -16)
+                sums = tl.dot(part, tl.trans(digits.to(tl.int8)), out_dtype=tl.int32)
+                at = (n // GROUP + group)[None, :] * O + o[:, None]
+                acc += sums.to(tl.float32) * tl.load(scale + at).to(tl.float32)
+        acc *= tl.where(is_high, 128.0, 1.0)[None, :] * step
+        result += tl.sum(acc, 1)
+        if SQUARE:
+            result = tl.maximum(result, 0.0)
+            result *= result
+        if residual is not None:
+            result += r
+        tl.store(y + o, result.to(y.dtype.element_ty))
+
+    return attention_kernel, linear_kernel, sparse_kernel, codes_kernel
 
 
 class StaticCache(KVCache):
@@ -1972,25 +2056,35 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
                  residual: Tensor | None = None, square: bool = False) -> Tensor:
     """f(linear(norm(x))) + residual, (B, 1, O), for x (B, 1, C); f is relu(.)**2 or x."""
     (B, T, C), O = x.shape, linear.out_features
-    if norm is not None and (B > 1 or C & -C < C):  # C & -C: its largest factor of the form 2**n
+    is_row = B * T == 1 and C & -C == C  # C & -C: its largest factor of the form 2**n
+    if norm is not None and not is_row:
         x, norm = norm(x), None
-    # Sizes and warps: the fastest of many on an H200 in the 64 KiB that an SM of small GPUs has.
-    columns, size, num_warps = 16, 1024, 2
-    if O >= 8192:
-        columns, size, num_warps = (32, 512, 2) if linear.weight.itemsize > 1 else (64, 512, 4)
-    columns, inputs = min(columns, O & -O), min(size // x.itemsize, C & -C)
-    fits = B <= 16 and T == 1 and linear.weight.shape == (O, C) and min(columns, inputs) >= 16
-    if not (fits and all(t is None or t.is_contiguous() for t in (linear.weight, x, residual))):
-        # By PyTorch: int4, dense_4h_to_h in 8 bits, rare sizes.
+    fits = B <= 16 and T == 1 and O % 16 == 0 and C % 16 == 0 and all(
+        t is None or t.is_contiguous() for t in (linear.weight, x, residual))
+    can_be_codes = fits and is_row and C >= 32 and x.itemsize == 2
+    codes = getattr(linear, "codes_by_output", None) if can_be_codes else None
+    if not (codes or fits and linear.weight.shape == (O, C)):
+        # By PyTorch: int4 for several texts, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
-    y = x.new_empty(B, 1, O)
+    # Sizes and warps: the fastest of many on an H200 in the 64 KiB that an SM of small GPUs has.
+    rows, size, num_warps = 16, 1024, 2
+    if codes or O >= 8192:
+        is_wide = O >= 8192 and linear.weight.itemsize == 1
+        rows, size, num_warps = (64, 512, 4) if is_wide else (32, 512, 2)
+    y, rows = x.new_empty(B, 1, O), min(rows, O & -O)
+    around = linear.bias, *((norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0))
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
-        triton_kernels()[1][O // columns,](
-            x, linear.weight, getattr(linear, "scale", None), linear.bias,
-            *((norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)), residual, y, B,
-            O, C, columns, inputs, square, num_warps=num_warps, enable_fp_fusion=True)
+        if codes:
+            (*weights, group), N = codes, codes[0].shape[1]
+            triton_kernels()[3][O // rows,](x, *weights, *around, residual, y, O, C, N, group, rows,
+                                            min(256, N), square, **options)
+        else:
+            triton_kernels()[1][O // rows,](
+                x, linear.weight, getattr(linear, "scale", None), *around, residual, y, B, O, C,
+                rows, min(size // x.itemsize, C & -C), square, **options)
     return y
 
 
@@ -2162,8 +2256,9 @@ class CudaEngine(TableEngine):
 
     def graph_key(self) -> list[Any]:
         """What a captured graph depends on."""
-        own = [t.rows for t in self.tables.values()] + [vars(m).get("packed") for m in self.modules]
-        return [self.state, *(x.data_ptr() for x in own if x is not None)]
+        own = [t.rows for t in self.tables.values() if t.rows is not None]
+        own += [t for m in self.modules for t in vars(m).get("packed", {}).values()]
+        return [self.state, *(t.data_ptr() for t in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
