@@ -1964,8 +1964,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                     v = (v - mean) * rstd * tl.load(norm_weight + n + k)
                     v += tl.load(norm_bias + n + k)
                 v = tl.floor(v / step + 0.5).to(tl.int32)
-                high = (v + 64) >> 7
-                digits = tl.where(is_high[:, None], high[None, :], (v - high * 128)[None, :])
+                digits = tl.where(is_high[:, None], (v >> 7)[None, :], (v & 127)[None, :])
                 if GROUPS > 1:
                     digits = tl.where(group[:, None] == (k // GROUP)[None, :], digits, 0)
                 part = w if C == N else (w & 15 if half == 0 else w & -16)

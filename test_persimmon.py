@@ -1591,6 +1591,27 @@ def test_int4_is_packed_for_other_processors(group_size, tiles):
     assert operator.call_args[0][0].is_contiguous() and operator.call_args[0][0].dtype == torch.int32
 
 
+@each_format
+def test_codes_by_output(cls, group_size):
+    """What CUDA's kernel multiplies gives the weights back; it is made once, and a captured step depends on it."""
+    layer = cls(torch.nn.Linear(256, 8200), group_size).eval()
+    if cls is not Int8SparseLinear:
+        packed, scale, offset, size = layer.codes_by_output
+        codes = torch.cat((packed & 15, packed & -16), dim=1) if cls is Int4Linear else packed
+        W = codes.unflatten(1, (-1, size)) * scale.reshape(-1, 8200).T[..., None]
+        W = W + offset.T[..., None] if cls is Int4Linear else W
+        assert (W.flatten(1) - dequantized(layer)).abs().max() < 1e-6
+        assert packed.is_contiguous() and layer.codes_by_output[0] is packed
+    engine = CudaEngine(None)
+    engine.modules, engine.tables = [layer], {}
+    for _ in range(2):
+        key = engine.graph_key()
+        layer.packed["codes"] = torch.zeros(9)
+        assert engine.graph_key() != key
+    narrow = cls(torch.nn.Linear(group_size, 64), group_size)  # a group can't be cut in two
+    assert cls is not Int4Linear or narrow.codes_by_output is None
+
+
 @pytest.mark.parametrize("kind, group_size, limit", [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
 def test_quantize_model(folders, tmp_path, kind, group_size, limit):
     """Logits are those of a model with the same weights dequantized, for prompts and single tokens; through folders."""
@@ -1730,7 +1751,7 @@ def test_fused_attend_refuses_what_the_kernel_can_not_index(monkeypatch):
 def test_fused_linear_runs(kernels, monkeypatch, dtype):
     """With and without what can stand around a product, in int8 and int4 too, for one row and for several."""
     tolerance = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-    sizes = itertools.cycle(((64, 128), (1024, 48), (96, 16), (512, 8192), (208, 36), (4096, 80), (256, 32)))
+    sizes = itertools.cycle(((64, 128), (1024, 48), (96, 16), (512, 8192), (208, 36), (4096, 80), (256, 40)))
     texts = every((1, 1, 3, 16), [1, 1, 5])
     with torch.device(DEVICE), torch.no_grad():
         for rows, has_norm, has_bias, has_residual, square in itertools.product(texts, *[(False, True)] * 4):
@@ -1741,7 +1762,8 @@ def test_fused_linear_runs(kernels, monkeypatch, dtype):
             kind = random.choice(("float", "int8", "int4")[: 2 + (C % group_size == 0)])
             linear = linear if kind == "float" else {"int8": Int8Linear, "int4": Int4Linear}[kind](linear, group_size)
             x, residual = (torch.randn(rows, 1, n).to(dtype) + 0.5 for n in (C, O))
-            residual = random.choice((residual, residual[:1].expand(rows, 1, O)))
+            x[..., 7] *= 30  # an outlier: what is integer in the kernel, is coarse for the others
+            residual = random.choice((residual, residual[:1].expand(rows, 1, O), residual.repeat(1, 1, 2)[..., ::2]))
             others = residual if has_residual else None, square
             y = fused_linear(linear.eval(), x, norm if has_norm else None, *others)
             linear, norm = copy.deepcopy(linear).double(), norm.double() if has_norm else None
@@ -2190,7 +2212,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2412), ("sample.py", 381), ("convert.py", 479)):
+    for name, limit in (("persimmon.py", 2411), ("sample.py", 381), ("convert.py", 479)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
