@@ -1194,7 +1194,7 @@ def available_memory(device: torch.device) -> float:
 
 
 class Table(NamedTuple):
-    """The weight of a down-projection, transposed."""
+    """A weight in another layout; of a down-projection, transposed."""
     rows: Tensor  # (F, C)
     weight: Tensor  # what it was made from
     fingerprint: tuple[Any, ...]  # of the weight at that time
@@ -1224,8 +1224,14 @@ class TableEngine(Engine):
         self.downs = [m for m in downs if self.is_large(m)]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
-        """Forget the tables of weights that have changed, or whose module is none of these."""
-        old, modules = [*self.tables.items()], {*modules}
+        """Forget the tables of weights that have changed, or whose module is none of these; and the
+        private copies that a quantized layer has made of tensors that have changed."""
+        modules = {*modules}
+        copies = [(m, t) for m in modules for t in vars(m).get("packed", {}).values()]
+        for (m, table), now in zip(copies, fingerprints([table.weight for _, table in copies])):
+            if now != table.fingerprint or all(table.weight is not b for b in m.buffers()):
+                m.packed = {}
+        old = [*self.tables.items()]
         for (linear, table), now in zip(old, fingerprints([table.weight for _, table in old])):
             is_same = linear.weight is table.weight and now == table.fingerprint
             if linear not in modules or not is_same:
@@ -1455,7 +1461,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.group_size, self.bias = group_size, linear.bias
-        self.packed: dict[str, Tensor] = {}  # as kernels want it: private copies, made on first use
+        self.packed: dict[Any, Table] = {}  # private copies, as kernels want them
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
@@ -1473,6 +1479,8 @@ class QuantizedLinear(nn.Module):
         """x (..., C) -> (..., O)"""
         rows, y = x.reshape(-1, self.in_features), None
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if x.is_cuda:  # a copy of the weight pays for steps of several texts, (B, 1, C), only
+            has_kernel = has_kernel and len(x) == len(rows) > 1
         if has_kernel and len(rows) <= self.max_rows:
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
@@ -1484,9 +1492,15 @@ class QuantizedLinear(nn.Module):
     def dequant_matmul(self, x: Tensor) -> Tensor:
         """x (rows, C) -> (rows, O) with W dequantized, on a CPU block by block."""
         O, C = self.out_features, self.in_features
-        n = O if x.is_cuda else max(64, 2**21 // C // 64 * 64)  # outputs that fit a CPU's cache
+        n = max(64, 2 ** (27 if x.is_cuda else 21) // C // 64 * 64)  # what fits a CPU's cache
         starts = range(0, O, n)
         return torch.cat([x @ self.dequantize(i, min(i + n, O), x.dtype) for i in starts], dim=-1)
+
+    def packed_copy(self, key: Any, stored: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """make(), a copy of a stored tensor for kernels: private, and made when first used."""
+        if key not in self.packed or self.packed[key].weight is not stored:
+            self.packed[key] = Table(make(), stored, *fingerprints([stored]))
+        return self.packed[key].rows
 
     def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
         return {**self.__dict__, "packed": {}}
@@ -1536,10 +1550,10 @@ class Int8Linear(QuantizedLinear):
         if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
             return None
         # It crashes unless 16 divides the address; in a file by another program it may not.
-        if "cpu" not in self.packed:
-            copy_if = torch.clone if self.weight.data_ptr() % 16 else torch.Tensor.detach
-            self.packed["cpu"] = copy_if(self.weight)
-        return operator(x, self.packed["cpu"], self.scale.to(x.dtype))
+        weight = self.weight
+        if weight.data_ptr() % 16 != 0:
+            weight = self.packed_copy("aligned", weight, weight.clone)
+        return operator(x, weight, self.scale.to(x.dtype))
 
     # For CUDA's codes_kernel: codes, scale, offset and group size.
     codes_by_output = property(lambda self: (self.weight, self.scale, None, self.in_features))
@@ -1601,9 +1615,8 @@ class Int4Linear(QuantizedLinear):
         pack = private_operator(f"aten._convert_weight_to_int4pack{suffix}")
         if not (operator and pack and (x.is_cpu or is_ampere) and x.dtype == torch.bfloat16):
             return None
-        if (device := x.device.type) not in self.packed:
-            self.packed[device] = self.pack(pack, x.is_cuda)
-        y = operator(x, self.packed[device], self.group_size, self.scale.to(x.dtype))
+        packed = self.packed_copy("matmul", self.weight, lambda: self.pack(pack, x.is_cuda))
+        y = operator(x, packed, self.group_size, self.scale.to(x.dtype))
         return y[:, : self.out_features]
 
     def pack(self, operator: Callable[..., Tensor], is_cuda: bool) -> Tensor:
@@ -1624,17 +1637,22 @@ class Int4Linear(QuantizedLinear):
         """Codes, scale, offset and group size for codes_kernel. codes are int8 (O, C/2): byte
         [o, j] & 15 is the code of input j, and byte [o, j] & -16 is 16 (code - 8) of input C/2 + j.
         scale and offset, float32 (C/g, O), allow for that. None if C is not a multiple of 2g."""
-        if self.in_features % (2 * self.group_size) != 0:
+        O, C = self.out_features, self.in_features
+        if C % (2 * self.group_size) != 0:
             return None
-        if "codes" not in self.packed:
-            O = self.out_features
+
+        def pack() -> Tensor:
             blocks = (self.codes(n, min(n + 4096, O)).chunk(2) for n in range(0, O, 4096))
-            codes = torch.cat([(low + 8 | high << 4).t() for low, high in blocks]).contiguous()
-            scale, offset = self.scale[:, :O].float().permute(2, 0, 1).contiguous()
+            return torch.cat([(low + 8 | high << 4).t() for low, high in blocks]).contiguous()
+
+        def fold() -> Tensor:
+            scale, offset = both = self.scale[:, :O].permute(2, 0, 1).float().contiguous()
             offset.chunk(2)[0].sub_(scale.chunk(2)[0], alpha=8)
             scale.chunk(2)[1].div_(16)
-            self.packed |= {"codes": codes, "scale": scale, "offset": offset}
-        return *(self.packed[name] for name in ("codes", "scale", "offset")), self.group_size
+            return both
+
+        scale, offset = self.packed_copy("scale", self.scale, fold)
+        return self.packed_copy("codes", self.weight, pack), scale, offset, self.group_size
 
     codes_by_output = property(pack_by_output)
 
@@ -1925,15 +1943,15 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                      K: tl.constexpr, SQUARE: tl.constexpr):
         """What linear_kernel does, for one row x (C) and W in codes, as codes_by_output gives them.
         To convert codes to 16 bits takes longer than to read them. So x is made integer, step *
-        (128 high + low), for tensor cores that multiply integers of 8 bits. Its 15 bits are as
-        exact as bfloat16's 8, since |x| <= sqrt(C) rms. The right operand has columns for the high
-        and the low digits of each group of inputs, zero for other groups: so each group gets a sum
-        of its own, to be scaled. A program makes ROWS outputs; for each it reads N bytes, K at a
-        time, and requests a block three blocks before it is used."""
+        (128 high + low), for tensor cores that multiply integers of 8 bits. On average, these 15
+        bits lose no more than bfloat16 would, as |x| <= sqrt(C) rms, and far less than W has lost.
+        In the right operand, each group of inputs has a column of high and one of low digits, zero
+        elsewhere: so each group gets its own sum, to be scaled. A program makes ROWS outputs; for
+        each it reads N bytes, K at a time, and requests a block three blocks before it is used."""
         GROUPS: tl.constexpr = K // GROUP if GROUP < K else 1
         o, k, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K), tl.arange(0, C)
         is_high, group = tl.arange(0, 2 * GROUPS) < GROUPS, tl.arange(0, 2 * GROUPS) % GROUPS
-        # What is small is requested first, and used while the first codes are on their way.
+        # Small loads come first, and are used while the first codes are on their way.
         row, result = tl.load(x + c).to(tl.float32), tl.zeros((ROWS,), tl.float32)
         if norm_weight is not None:
             g, h = tl.load(norm_weight + c), tl.load(norm_bias + c)
@@ -1952,9 +1970,10 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                     mean = tl.sum(row, 0) / C
                     rstd = 1 / tl.sqrt(tl.sum((row - mean) * (row - mean), 0) / C + eps)
                     row = (row - mean) * rstd * g + h
-                top = tl.max(tl.where(row == row, tl.abs(row), float("inf")), 0)  # NaN stays NaN
+                top = tl.max(tl.where(row == row, tl.abs(row), float("inf")), 0)  # NaN: y is NaN
                 step = tl.maximum(top, 1e-30) / (127 * 128)
                 if offset is not None:
+                    row = tl.floor(row / step + 0.5) * step  # as below
                     sums = tl.sum(tl.reshape(row, (C // GROUP, GROUP)), 1)
                     result += tl.sum(z * sums[:, None], 0)
             for half in tl.static_range(C // N):  # int4: low halves of bytes, high halves
@@ -2055,19 +2074,21 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
                  residual: Tensor | None = None, square: bool = False) -> Tensor:
     """f(linear(norm(x))) + residual, (B, 1, O), for x (B, 1, C); f is relu(.)**2 or x."""
     (B, T, C), O = x.shape, linear.out_features
-    is_row = B * T == 1 and C & -C == C  # C & -C: its largest factor of the form 2**n
+    is_row = B * T == 1 and C & -C == C  # and C a power of 2; C & -C is its largest factor 2**n
     if norm is not None and not is_row:
         x, norm = norm(x), None
     fits = B <= 16 and T == 1 and O % 16 == 0 and C % 16 == 0 and all(
         t is None or t.is_contiguous() for t in (linear.weight, x, residual))
-    can_be_codes = fits and is_row and C >= 32 and x.itemsize == 2
-    codes = getattr(linear, "codes_by_output", None) if can_be_codes else None
+    codes = None
+    if fits and is_row and C >= 32 and x.itemsize == 2:
+        if torch.cuda.get_device_capability(x.device) >= (8, 0):  # multiplies integers
+            codes = getattr(linear, "codes_by_output", None)
     if not (codes or fits and linear.weight.shape == (O, C)):
         # By PyTorch: int4 for several texts, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
-    # Sizes and warps: the fastest of many on an H200 in the 64 KiB that an SM of small GPUs has.
+    # Sizes and warps: the fastest on an H200 of many that take 64 KiB at most (int4, g < 128: 85).
     rows, size, num_warps = 16, 1024, 2
     if codes or O >= 8192:
         is_wide = O >= 8192 and linear.weight.itemsize == 1
@@ -2256,7 +2277,7 @@ class CudaEngine(TableEngine):
     def graph_key(self) -> list[Any]:
         """What a captured graph depends on."""
         own = [t.rows for t in self.tables.values() if t.rows is not None]
-        own += [t for m in self.modules for t in vars(m).get("packed", {}).values()]
+        own += [t.rows for m in self.modules for t in vars(m).get("packed", {}).values()]
         return [self.state, *(t.data_ptr() for t in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,

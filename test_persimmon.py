@@ -494,6 +494,7 @@ def without_gpu(monkeypatch) -> None:
     """CudaEngine and StaticCache take the CPU for a GPU with 3 SMs."""
     if DEVICE == "cuda":
         return
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     for name in ("device", "device_of", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     for name in ("current_stream", "Stream", "get_device_properties"):
@@ -1517,7 +1518,7 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
         assert (x.grad - gradient.double() @ W).norm() < tolerance * x.grad.norm()
         if torch.cuda.is_available() and dtype == torch.bfloat16:
             assert relative_error(twin := copy.deepcopy(layer).cuda(), x.cuda()) < tolerance
-            assert (not twin.packed) == (cls is not Int4Linear or rows > 64)
+            assert (not twin.packed) == (cls is not Int4Linear or rows != 3)  # for several texts
     empty = cls(linear.to("meta"), group_size).state_dict()
     assert all((t.shape, t.dtype) == (empty[name].shape, empty[name].dtype) for name, t in layer.state_dict().items())
     assert layer(x[:0]).shape == (0, 1, 130) and layer(x[0, 0]).shape == (130,)
@@ -1570,12 +1571,11 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
         weight = torch.empty(64 * C + offset, dtype=torch.int8)[offset:].view(64, C).copy_(layer.weight)
         layer.load_state_dict({**layer.state_dict(), "weight": weight}, assign=True)
         assert max(relative_error(layer, x[:, :C]), relative_error(layer, x.flatten()[1 : C + 1])) < 0.01
-        is_used_in_place = "cpu" in layer.packed and layer.packed["cpu"].data_ptr() == weight.data_ptr()
-        assert is_used_in_place == (C == 48 and offset == 0) and layer.weight.data_ptr() == weight.data_ptr()
+        assert bool(layer.packed) == (C == 48 and offset == 8) and layer.weight.data_ptr() == weight.data_ptr()
     for change in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), torch.nn.Module.float,
                    lambda layer: layer.load_state_dict(layer.state_dict()) and layer, lambda layer: layer.to("meta")):
-        layer.packed = {"cpu": torch.zeros(1)}  # a private copy
-        assert list(layer.state_dict()) == ["bias", "weight", "scale"] and not change(layer).packed
+        layer.packed_copy("x", layer.scale, lambda: torch.zeros(1))
+        assert layer.packed and list(layer.state_dict()) == ["bias", "weight", "scale"] and not change(layer).packed
 
 
 @pytest.mark.parametrize("group_size, tiles", [(32, 2), (64, 4), (128, 8)])
@@ -1603,11 +1603,14 @@ def test_codes_by_output(cls, group_size):
         assert (W.flatten(1) - dequantized(layer)).abs().max() < 1e-6
         assert packed.is_contiguous() and layer.codes_by_output[0] is packed
     engine = CudaEngine(None)
-    engine.modules, engine.tables = [layer], {}
-    for _ in range(2):
+    engine.modules, changes = [layer], ("", "weight.bitwise_not_()", "scale.data.neg_()", "scale = layer.scale.clone()")
+    for change in changes[: 4 if cls is Int4Linear else 1]:
+        assert cls is Int8SparseLinear or layer.codes_by_output
         key = engine.graph_key()
-        layer.packed["codes"] = torch.zeros(9)
-        assert engine.graph_key() != key
+        exec(f"layer.{change}" if change else "")
+        engine.forget_tables([layer])
+        assert len(layer.packed) == 2 * (cls is Int4Linear and not change)
+        assert (engine.graph_key() != key) == bool(change)
     narrow = cls(torch.nn.Linear(group_size, 64), group_size)  # a group can't be cut in two
     assert cls is not Int4Linear or narrow.codes_by_output is None
 
@@ -1818,6 +1821,8 @@ def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.JITFunction, "__getitem__", lambda kernel, grid: lambda *args, **options:
                         compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options))))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(persimmon, "fingerprints", lambda weights: [()] * len(weights))
     with torch.device("meta"):
         for kind in ("", "int8", "int4"):
             model = PersimmonForCausalLM(PersimmonConfig(512, num_hidden_layers=1)).to(dtype)
@@ -2121,7 +2126,7 @@ def test_parallelize(monkeypatch):
     model = quantize_model(PersimmonForCausalLM(PersimmonConfig(256, 128, 512, 1, 2)), "int8")
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     for layer in layers:
-        layer.packed = torch.zeros(1)
+        layer.packed = {"x": torch.zeros(1)}
     refuses("can't be saved after parallelize", persimmon.parallelize(model).save_pretrained, "no")
     assert len(layers) == 5 and not any(layer.packed for layer in layers)
 
@@ -2212,7 +2217,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2411), ("sample.py", 381), ("convert.py", 479)):
+    for name, limit in (("persimmon.py", 2433), ("sample.py", 381), ("convert.py", 479)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
