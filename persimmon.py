@@ -1633,13 +1633,11 @@ class Int4Linear(QuantizedLinear):
             return self.weight.view(O, C // 2)
         return operator(self.codes(0, O).t().int().contiguous() + 8, 1)
 
-    def pack_by_output(self) -> tuple[Tensor, Tensor, Tensor, int] | None:
+    def pack_by_output(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Codes, scale, offset and group size for codes_kernel. codes are int8 (O, C/2): byte
         [o, j] & 15 is the code of input j, and byte [o, j] & -16 is 16 (code - 8) of input C/2 + j.
-        scale and offset, float32 (C/g, O), allow for that. None if C is not a multiple of 2g."""
-        O, C = self.out_features, self.in_features
-        if C % (2 * self.group_size) != 0:
-            return None
+        scale and offset, float32 (C/g, O), allow for that. C has to be a multiple of 2g."""
+        O = self.out_features
 
         def pack() -> Tensor:
             blocks = (self.codes(n, min(n + 4096, O)).chunk(2) for n in range(0, O, 4096))
@@ -1943,9 +1941,9 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                      K: tl.constexpr, SQUARE: tl.constexpr):
         """What linear_kernel does, for one row x (C) and W in codes, as codes_by_output gives them.
         To convert codes to 16 bits takes longer than to read them. So x is made integer, step *
-        (128 high + low), for tensor cores that multiply integers of 8 bits. On average, these 15
-        bits lose no more than bfloat16 would, as |x| <= sqrt(C) rms, and far less than W has lost.
-        In the right operand, each group of inputs has a column of high and one of low digits, zero
+        (128 high + low), for tensor cores that multiply integers of 8 bits. These 15 bits lose
+        about as little as bfloat16 would, as |x| <= sqrt(C) rms, and far less than W has lost. In
+        the right operand, each group of inputs has a column of high and one of low digits, zero
         elsewhere: so each group gets its own sum, to be scaled. A program makes ROWS outputs; for
         each it reads N bytes, K at a time, and requests a block three blocks before it is used."""
         GROUPS: tl.constexpr = K // GROUP if GROUP < K else 1
@@ -1973,7 +1971,6 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                 top = tl.max(tl.where(row == row, tl.abs(row), float("inf")), 0)  # NaN: y is NaN
                 step = tl.maximum(top, 1e-30) / (127 * 128)
                 if offset is not None:
-                    row = tl.floor(row / step + 0.5) * step  # as below
                     sums = tl.sum(tl.reshape(row, (C // GROUP, GROUP)), 1)
                     result += tl.sum(z * sums[:, None], 0)
             for half in tl.static_range(C // N):  # int4: low halves of bytes, high halves
@@ -2080,7 +2077,7 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     fits = B <= 16 and T == 1 and O % 16 == 0 and C % 16 == 0 and all(
         t is None or t.is_contiguous() for t in (linear.weight, x, residual))
     codes = None
-    if fits and is_row and C >= 32 and x.itemsize == 2:
+    if fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C):
         if torch.cuda.get_device_capability(x.device) >= (8, 0):  # multiplies integers
             codes = getattr(linear, "codes_by_output", None)
     if not (codes or fits and linear.weight.shape == (O, C)):

@@ -1611,8 +1611,6 @@ def test_codes_by_output(cls, group_size):
         engine.forget_tables([layer])
         assert len(layer.packed) == 2 * (cls is Int4Linear and not change)
         assert (engine.graph_key() != key) == bool(change)
-    narrow = cls(torch.nn.Linear(group_size, 64), group_size)  # a group can't be cut in two
-    assert cls is not Int4Linear or narrow.codes_by_output is None
 
 
 @pytest.mark.parametrize("kind, group_size, limit", [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
@@ -2217,7 +2215,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2433), ("sample.py", 381), ("convert.py", 479)):
+    for name, limit in (("persimmon.py", 2429), ("sample.py", 381), ("convert.py", 479)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
