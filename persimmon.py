@@ -1730,8 +1730,8 @@ QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *opti
 # === Part III c. CUDA =============================================================================
 #
 # A GPU reads the weights of a layer in a tenth of a millisecond, and Python takes longer to launch
-# its kernels. So a step is captured as a CUDA graph and replayed, with four kernels in Triton. (By
-# torch.compile for all but attention, a token took 15% longer on an H200.)
+# its kernels. So a step is captured as a CUDA graph and replayed, with four kernels in Triton.
+# (With torch.compile for linear_kernel and sparse_kernel, a token took 15% longer on an H200.)
 #
 #   attention_kernel  all that lies between the QKV projection and the output projection
 #   linear_kernel     a matrix times a few rows, the norm before it, activation or residual after it
@@ -1788,10 +1788,10 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                          split_lse, arrived, T, N, H: tl.constexpr, D: tl.constexpr,
                          R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr):
         """Program (b*H + h, t, split) serves head h of row b at its t-th new position: it stores k
-        and v in the cache, and attention's result in out (B, T, H, D). That is for T = 1; for any T
-        with SPLITS = 0, out is q after norm and RoPE. Strides lead from row to row of the batch. A
-        head's splits share split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H, SPLITS), m_i +
-        log2 l_i; and arrived (B*H), how many have finished."""
+        and v in the cache, and attention's result in out (B, T, H, D). That needs T = 1. With
+        SPLITS = 0, for any T, out is only q after norm and RoPE. Strides lead from row to row of
+        the batch. A head's splits share split_out (B*H, SPLITS, D), acc / l_i; split_lse (B*H,
+        SPLITS), m_i + log2 l_i; and arrived (B*H), how many have finished."""
         head, t, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         b, h, d = (head // H).to(tl.int64), head % H, tl.arange(0, D)
         length = tl.load(position).to(tl.int32) + t  # positions before this one
@@ -1903,8 +1903,8 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                       K: tl.constexpr, SPLITS: tl.constexpr):
         """y (O) = W x + b + residual, with W stored by input, (F, STRIDE), F = INPUTS*SPLITS. Rows
         of inputs that are zero are not read. Program (block, split) makes COLUMNS outputs from
-        INPUTS inputs. It lists those that are not zero in nonzero (F), where all blocks write the
-        same, and reads the rows of K of them at a time. With scale, a row holds codes, and scale
+        INPUTS inputs. It lists the other inputs in nonzero (F), as all blocks do, with equal
+        results, and reads the rows of K of them at a time. With scale, a row holds codes, and scale
         and scale + 1 point to the first row's float32 scale and offset."""
         block, split = tl.program_id(0), tl.program_id(1)
         o, f = block * COLUMNS + tl.arange(0, COLUMNS), split * INPUTS + tl.arange(0, INPUTS)
