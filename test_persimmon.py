@@ -1773,9 +1773,11 @@ def test_fused_linear_runs(kernels, monkeypatch, dtype):
             expected = persimmon.fused_linear(linear, x.double(), norm, exact, square)
             assert y.dtype == dtype and y.shape == expected.shape
             assert (y - expected).norm() <= tolerance * expected.norm(), (kind, rows, C, O, group_size, has_norm, *others)
-            x[0, 0, -1], linear, norm = math.nan, linear.to(dtype), norm.to(dtype) if has_norm else None
-            with numpy.errstate(invalid="ignore"):  # relu(NaN) is 0 in the kernels
-                assert square or fused_linear(linear, x, norm, *others)[0].isnan().all(), (kind, rows, C, O)
+        for cls, C in ((Int8Linear, 128), (Int4Linear, 128), (Int4Linear, 64)):  # 64: a group can't be cut in two
+            linear, x = cls(torch.nn.Linear(C, 64, dtype=dtype), 64), torch.randn(1, 1, C).to(dtype)
+            x[0, 0, 7] = math.nan
+            with numpy.errstate(invalid="ignore"):
+                assert fused_linear(linear, x).isnan().all()
         monkeypatch.setattr(persimmon, "triton_kernels", lambda: 1 / 0)  # what it can't take goes to PyTorch
         for sizes, *shape in (((16, 16), 1, 2, 16), ((16, 16), 17, 1, 16), ((34, 16), 1, 1, 34), ((16, 24), 1, 1, 16)):
             linear, x = torch.nn.Linear(*sizes), torch.rand(shape)
