@@ -1611,6 +1611,9 @@ def test_codes_by_output(cls, group_size):
         engine.forget_tables([layer])
         assert len(layer.packed) == 2 * (cls is Int4Linear and not change)
         assert (engine.graph_key() != key) == bool(change)
+    if cls is Int4Linear:
+        scale, layer.scale = layer.codes_by_output[1], 2 * layer.scale
+        assert torch.equal(layer.codes_by_output[1], 2 * scale)
 
 
 @pytest.mark.parametrize("kind, group_size, limit", [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
