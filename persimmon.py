@@ -1479,8 +1479,8 @@ class QuantizedLinear(nn.Module):
         """x (..., C) -> (..., O)"""
         rows, y = x.reshape(-1, self.in_features), None
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if x.is_cuda:  # a copy of the weight pays for steps of several texts, (B, 1, C), only
-            has_kernel = has_kernel and len(x) == len(rows) > 1
+        if x.is_cuda:  # the copy it wants pays for steps, (B, 1, C), but not beside codes_kernel's
+            has_kernel = has_kernel and len(x) == len(rows) > ("codes" in self.packed)
         if has_kernel and len(rows) <= self.max_rows:
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
@@ -1640,6 +1640,7 @@ class Int4Linear(QuantizedLinear):
         O = self.out_features
 
         def pack() -> Tensor:
+            self.packed.pop("matmul", None)  # lm_head's, from the first prompt
             blocks = (self.codes(n, min(n + 4096, O)).chunk(2) for n in range(0, O, 4096))
             return torch.cat([(low + 8 | high << 4).t() for low, high in blocks]).contiguous()
 
