@@ -174,14 +174,14 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`. A pass raises it at its end; lower it to forget all positions beyond."""
+        """Set `length`. A pass raises it when it ends; lower it to forget what comes after."""
         self.length = length
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head; q and k are first normalized, then rotated. Without
-    the norm, scores can grow in training until the softmax saturates (Dehghani et al., arXiv
-    2302.05442). Source: the original's megatron/model/transformer.py."""
+    """`attention` above, for H heads; q and k are normalized first, then rotated. Without the norm,
+    scores can grow in training until the softmax saturates (Dehghani et al., arXiv 2302.05442).
+    Source: the original's megatron/model/transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W2 relu(W1 x + b1)**2 + b2. In the trained 8B, 90% of h is exactly 0; Part III skips it."""
+    """W2 h + b2, h = relu(W1 x + b1)**2. In the trained 8B, 90% of h is 0; Part III skips it."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -401,9 +401,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Draw ids (B) from logits (B, V), row b with generators[b]. Applied in transformers' order:
+    """Draw ids (B) from logits (B, V), row b with generators[b]. In this order, as in transformers:
 
-    temperature  divides the logits; 0 is greedy: the largest logit, and if several, the lowest id
+    temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
     top_k        keeps the k likeliest tokens; 0 keeps all
     top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
@@ -415,8 +415,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     if top_k > 0 or top_p < 1:
         total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if logits.device.type == "cpu" and logits.shape[1] > 1024:
-            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. Of
-            # logits equal to the smallest, topk may drop some: only larger ones count as sure.
+            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. If
+            # others equal the smallest of these, topk has dropped some: only larger ones are sure.
             top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
