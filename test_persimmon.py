@@ -1113,19 +1113,6 @@ def test_a_head_that_is_missing(folder, tmp_path, small, cls):
         refuses(message, cls.from_pretrained, tmp_path / "own")
 
 
-def dies_at(change: int, work: Callable) -> bool:
-    """Whether `work`, in a process of its own, got to that change of a folder's entries, and was killed before it."""
-    if (child := os.fork()) == 0:
-        events, count = ("os.rename", "os.remove", "os.rmdir", "os.mkdir"), itertools.count()
-        sys.addaudithook(lambda event, _: event in events and next(count) == change and os._exit(9))
-        with contextlib.suppress(BaseException):
-            work()
-            os._exit(0)
-        os._exit(1)
-    assert (status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) in (0, 9)
-    return status == 9
-
-
 @pytest.mark.parametrize("old", ["nothing", "one file", "shards"])
 def test_a_killed_save_leaves_a_whole_model(folder, small, old):
     """The old one or the new one, of another shape, wherever it is killed; the next save tidies up."""
@@ -1136,7 +1123,14 @@ def test_a_killed_save_leaves_a_whole_model(folder, small, old):
     for change in itertools.count():
         if old != "nothing":
             shutil.copytree(folder, target)
-        if not dies_at(change, lambda: new.save_pretrained(target)):
+        if (child := os.fork()) == 0:  # a process that is killed before that change of a folder's entries
+            events, count = ("os.rename", "os.remove", "os.rmdir", "os.mkdir"), itertools.count()
+            sys.addaudithook(lambda event, _: event in events and next(count) == change and os._exit(9))
+            with contextlib.suppress(BaseException):
+                new.save_pretrained(target), os._exit(0)
+            os._exit(1)
+        assert (status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) in (0, 9)
+        if status == 0:  # it was not killed any more
             break
         if target.exists():
             found.append(load_config(target).hidden_size)
