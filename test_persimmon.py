@@ -1498,7 +1498,8 @@ def relative_error(layer: QuantizedLinear, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype, groups, tolerance", [
     (torch.float32, 130, 1e-5), (torch.bfloat16, 3, 1e-2), (torch.float16, 3, 2e-3)])
 def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
-    """Of 130 groups of 128 inputs, 64 outputs are dequantized at a time. Sums are large, and float16 ends at 65504."""
+    """Of 130 groups of 128 inputs, 64 outputs are dequantized at a time. Sums are large, and float16 ends at 65504.
+    Then odd weights: rows of one sign, zeros by row and by column, a group of equal weights."""
     linear, density = torch.nn.Linear(C := groups * group_size, 130).to(dtype), 0.3 if cls is Int8SparseLinear else 1.0
     linear.weight.data.normal_().abs_()
     limit = {Int8Linear: 0.01, Int8SparseLinear: 0.0035}.get(cls) or {32: 0.0415, 64: 0.0475, 128: 0.052}[group_size]
@@ -1517,16 +1518,10 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     assert all((t.shape, t.dtype) == (empty[name].shape, empty[name].dtype) for name, t in layer.state_dict().items())
     assert layer(x[:0]).shape == (0, 1, 130) and layer(x[0, 0]).shape == (130,)
     assert f"(in_features={C}, out_features=130, bias=True)" in repr(layer)
-
-
-@each_format
-def test_quantizing_odd_weights(cls, group_size):
-    """Rows of one sign, zeros by row and by column, a group of equal weights."""
-    odd = torch.nn.Linear(256, 70).bfloat16()
+    odd = torch.nn.Linear(256, 70).to(dtype)
     odd.weight.data[7].abs_(), odd.weight.data[8].abs_().neg_()
     odd.weight.data[3], odd.weight.data[:, 5], odd.weight.data[66, 128:] = 0, 0, 0.75
-    difference = dequantized(cls(odd, group_size)) - odd.weight
-    assert difference.abs().max() < 0.01
+    assert (difference := dequantized(cls(odd, group_size)) - odd.weight).abs().max() < 0.01
     assert (difference[[3, 66], 128:] if cls is Int4Linear else difference[:, 5]).count_nonzero() == 0  # are exact
 
 
