@@ -1891,7 +1891,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
         if bias is not None:
             acc += tl.load(bias + o).to(tl.float32)[None, :]
         if SQUARE:
-            acc = tl.maximum(acc, 0.0)
+            acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, and tl.maximum would drop it
             acc *= acc
         at = b * O + o[None, :]
         if residual is not None:
@@ -1991,7 +1991,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
         acc *= tl.where(is_high, 128.0, 1.0)[None, :] * step
         result += tl.sum(acc, 1)
         if SQUARE:
-            result = tl.maximum(result, 0.0)
+            result = tl.where(result < 0, 0.0, result)
             result *= result
         if residual is not None:
             result += r
