@@ -1016,7 +1016,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.context: list[int] = []  # returned already; decoded again in front of `pending`
+        self.context: list[int] = []  # the text's first ids; decoded again in front of `pending`
         self.pending: list[int] = []  # not returned yet: they may end within a character
         for i in prompt_ids:
             self.push(i)
@@ -1036,8 +1036,7 @@ class StreamDecoder:
         before = self.tokenizer.decode(self.context)
         text = self.tokenizer.decode(self.context + self.pending)[len(before) :]
         if not before:  # only a text's first piece loses its space: after it, any context will do
-            unk = self.tokenizer.processor.unk_id()
-            self.context = [unk] if text else self.context + self.pending
+            self.context += self.pending
         self.pending = []
         return text
 

@@ -1133,8 +1133,10 @@ def test_a_killed_save_leaves_a_whole_model(folder, small, old):
         if status == 0:  # it was not killed any more
             break
         if target.exists():
-            found.append(load_config(target).hidden_size)
-            assert is_saved({48: small, 128: new}[found[-1]], target)
+            shutil.copytree(target, copied := target.with_name("copied"))  # to load would be to tidy up
+            found.append(load_config(copied).hidden_size)
+            assert is_saved({48: small, 128: new}[found[-1]], copied)
+            shutil.rmtree(copied)
         new.save_pretrained(target)
         assert {*os.listdir(target)} == SAVED | ({"model-of-mine.safetensors"} if old != "nothing" else set())
         assert is_saved(new, target) and {*os.listdir(target.parent)} == {"model", "target"}
@@ -2054,7 +2056,6 @@ def test_splits_are_combined_the_same_each_time():
 
 
 # === Part III d. Several devices =====================================================================================
-
 GENERATION = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
@@ -2141,8 +2142,6 @@ def test_fully_shard(tmp_path):
 
 
 # === How it is built =================================================================================================
-
-
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -2171,7 +2170,6 @@ def edited(folder: Path, *replacements: tuple[str, str], source: str = SOURCE) -
 
 
 # --- structure -------------------------------------------------------------------------------------------------------
-
 BLOCKS = {"a": "CpuEngine", "b": "Int8Linear", "c": "CudaEngine", "d": "ParallelMLP"}  # of Part III, a class of each
 PARTS = ("I", "II", "III", *BLOCKS)
 
@@ -2258,8 +2256,6 @@ def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
 
 
 # --- copy and change -------------------------------------------------------------------------------------------------
-
-
 def use_cuda(module: ModuleType, monkeypatch) -> ModuleType:
     """Has a copy of persimmon use its CudaEngine on DEVICE, without a GPU in Triton's interpreter."""
     if DEVICE == "cuda":
@@ -2431,8 +2427,6 @@ def test_a_step_is_replayed_on_cuda(tmp_path, monkeypatch):
 
 
 # --- ordinary parameters, large matrices -----------------------------------------------------------------------------
-
-
 def test_a_generation_leaves_the_model_as_it_was(tmp_path):
     """Parameters are ordinary, passes give the same bits, hooks see them, no copy or file holds an engine's table."""
     model, file, seen = wide_model().bfloat16(), tmp_path / "saved.pt", []
@@ -2502,7 +2496,6 @@ def test_generations_side_by_side():
 
 
 # === sample.py =======================================================================================================
-
 GREEDY = ("--temp", "0", "-q", "-n")
 
 
@@ -2717,7 +2710,6 @@ def test_help_is_short_and_tells_the_defaults(capsys):
 
 
 # === convert.py ======================================================================================================
-
 RELEASE = PersimmonConfig(400, 48, 80, 3, 3, 160, hidden_dropout=0.1)
 
 
@@ -3062,8 +3054,6 @@ def test_convert_that_is_stopped(tmp_path, refused):
 
 
 # === tiny/train.py, and this file as a script ========================================================================
-
-
 def test_train_py(tmp_path, monkeypatch, capsys):
     """Resumed as if never interrupted, and fine-tuned; what it refuses. With a small model and windows of 16 tokens."""
     module = edited(tmp_path, source=(TINY / "train.py").read_text())
