@@ -833,6 +833,7 @@ def test_lengths_and_the_context_limit(small):
     short = list(generate(small, *prompt, cache=new_cache(CONFIG, 2, 20), **six))
     assert [s.tokens for s in short] == [s.tokens for s in expected[:5]]
     assert short[-1].finish_reasons == ["context"] * 2
+    refuses("the prompt of 16 tokens fills the cache of 15", small.generate, *prompt, cache=new_cache(CONFIG, 2, 15))
 
 
 def test_generate_refuses(small):
@@ -869,8 +870,8 @@ def test_other_defaults_and_offloaded_weights(monkeypatch):
         with torch.device(device), local_torch_dtype(dtype):
             made.append([m(ids[:, :n]).logits for m in models for n in (64, 258, 700)])
             made[-1] += [m(inputs_embeds=m.model.embed_tokens(ids)).logits for m in models]
-            for models[0].fast in (False, True):
-                made[-1].append(models[0].generate(ids[:, :140], mask, max_new_tokens=9))
+            for models[0].fast, rows in itertools.product((False, True), (1, 2)):
+                made[-1].append(models[0].generate(ids[:rows, :140], mask[:rows], max_new_tokens=9))
     assert all(map(torch.equal, *made))
     for part in (models[0].model, models[0].lm_head):  # on meta except while they run, as accelerate does it
         load = partial(part.load_state_dict, part.state_dict(), assign=True)
@@ -1434,13 +1435,14 @@ def test_transposed_kv_cache(reads, N, S, T):
 def test_cpu_engine_makes_a_cache(monkeypatch, processor):
     """Of transposed keys in 16 bit, from 4096 positions times heads on; not for bfloat16 on AMX, where SDPA is fast."""
     monkeypatch.setattr(persimmon, "cpu_has", lambda feature: feature in PROCESSORS[processor])
-    model = PersimmonForCausalLM(CONFIGS["D64"]).eval()  # of 2 heads
+    model, state = PersimmonForCausalLM(CONFIGS["D64"]).eval(), torch.get_rng_state()  # 2 heads
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         engine, fits = CpuEngine(model.to(dtype)), dtype.itemsize == 2 and (processor, dtype) != ("AMX", torch.bfloat16)
         for N, proven in ((2047, 0), (2049, 2049), (2048, 2049), (2050, 2050)):  # for a longer one, it is proven anew
             cache = engine.make_cache(3, N)
             assert type(cache) is (TransposedKVCache if fits and proven else KVCache)
             assert engine.proven == fits * proven and cache.keys.dtype == dtype and cache.keys.shape[3] >= N
+    assert torch.equal(torch.get_rng_state(), state)  # the proof has random numbers of its own
 
 
 def test_cpu_engine_proves_its_attention(small, monkeypatch):
@@ -1577,6 +1579,8 @@ def test_int4_is_packed_for_other_processors(group_size, tiles):
     (data, given), _ = operator.call_args
     high, low = (layer.codes(0, 128).T + 8).byte().unflatten(1, (-1, 2)).unbind(2)
     assert given == tiles and data.dtype == torch.uint8 and data.is_contiguous() and torch.equal(data, high * 16 + low)
+    own = layer.pack(torch.ops.aten._convert_weight_to_int4pack_for_cpu, is_cuda=False)
+    assert not torch.cpu._is_avx512_supported() or own.data_ptr() == layer.weight.data_ptr()  # it is no copy
     operator.side_effect = lambda codes, _: (codes[:, ::2] << 4 | codes[:, 1::2]).byte()  # not in AVX-512's order
     assert torch.equal(layer.pack(operator, is_cuda=False), data)
     assert operator.call_args[0][0].is_contiguous() and operator.call_args[0][0].dtype == torch.int32
@@ -2476,6 +2480,11 @@ def test_when_tables_are_made(monkeypatch):
     hook.remove()
     model.generate(ids, max_new_tokens=2)
     assert torch.equal(model.engine.tables[first].rows, first.weight.t()) and model.engine.tables[second] is kept
+    with torch.no_grad():
+        model.engine.prefill(ids[:, :8], None, cache := model.engine.make_cache(1, 9))
+        first.weight = torch.nn.Parameter(-first.weight)  # between two steps: the table is not used any more
+        found, _ = model.engine.decode(ids[:, 8:], None, cache), cache.crop(8)
+        assert close(found, Engine(model).next_logits(ids[:, 8:], None, cache))
 
 
 def test_generations_side_by_side():
