@@ -28,7 +28,7 @@ What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-lab
     heads of a layer share these two norms.
  3. RoPE rotates only the first R = D/2 dimensions of a head. It pairs dimension i with i + R/2
     (not 2i with 2i + 1), and its theta is 25000.
- 4. The activation is relu(x)**2, which overflows float16 from x = 256 on: fine-tune in bfloat16.
+ 4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
  5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
  7. Ids 3 to 70002 are reserved for images and unused. They have logits too, which stay near -17.
@@ -116,14 +116,15 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
     The new positions follow the cached ones: input_pos (T) is S - T ... S - 1. None means plain
-    causal attention: a position sees itself and all before it. If you want anything else, such as
-    a sliding window, return a mask in every case. Without padding, only the third case needs one:
+    causal attention: a position sees itself and all before it. For anything else, such as a sliding
+    window, always return a bool mask; its columns are indices of the cache, padding included. There
+    are three cases, and without padding only the last one needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
                    is wrong here: its triangle starts at the top left, not at the bottom right.
     Padding, zeros in attention_mask (B, S), hides columns in all three. But a padded position sees
-    itself: in a row that sees nothing, the softmax is 0/0, and the NaN spreads to other rows.
+    itself: the softmax of a row without any True is 0/0, for which SDPA may return NaN.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -143,7 +144,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
 
 class KVCache:
-    """Keys and values of all positions so far, so that a pass computes them only for new ones.
+    """Keys (after RoPE) and values of all positions so far: a pass computes only those of new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count; the rest is uninitialized memory or
@@ -266,7 +267,7 @@ class PersimmonPreTrainedModel(nn.Module):
         """Initial weights: matrices normal with std initializer_range; norms 1; biases 0."""
         part = self if part is None else part
         for name, p in part.named_parameters():
-            if p.dim() == 2 and not p.is_meta:  # on meta, normal_ imports dynamo: 1.3 s
+            if p.dim() == 2 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
                 nn.init.normal_(p, std=self.config.initializer_range)
             elif p.dim() == 1:
                 nn.init.constant_(p, float(name.endswith("weight")))
@@ -285,7 +286,7 @@ class PersimmonPreTrainedModel(nn.Module):
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
-                                        partial(Block.forward, block), use_reentrant=False)
+                                        partial(type(block).forward, block), use_reentrant=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
@@ -303,7 +304,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # nn.Embedding() would draw weights, as post_init does. Row padding_idx gets no gradient.
+        # nn.Embedding() would call normal_: see init_weights. Row padding_idx gets no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -320,11 +321,10 @@ class PersimmonModel(PersimmonPreTrainedModel):
         positions: if there is padding in `cache`, pass the mask in every call. Outputs at padding
         mean nothing. position_ids, (B, T) or (1, T), are for RoPE alone. By default they count the
         tokens before each one: a mask 0 0 1 1 1 gives 0 0 0 1 2, at indices 0 to 4 of the cache.
-        Raises ValueError if inputs do not fit each other or the cache, and in float16 training,
-        which turns the weights into NaN.
+        Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
-            raise ValueError("float16 turns weights into NaN in training: use bfloat16, or eval()")
+            raise ValueError("float16 rounds AdamW's eps to 0, hence NaN: use bfloat16, or eval()")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -362,7 +362,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample, self.cache_config = None, sample, config  # Part III sets others
+        self.engine, self.sample, self.cache_config = None, sample, config  # see parallelize
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -376,7 +376,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
         output = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # -0: is 0:, all
+        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is all
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].flatten(0, 1).float()
@@ -408,7 +408,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
-    if temperature < 1e-30:  # a still smaller one is 0 in float32, and 0 / 0 is NaN
+    if temperature < 1e-30:  # 0, or near what float32 rounds to 0, where 0 / 0 is NaN
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
@@ -420,8 +420,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
-            reached = is_sure.sum(-1) if top_k > 0 else (top.exp() * is_sure).sum(-1) / total[:, 0]
-            if (reached >= (top_k if top_k > 0 else top_p)).all():
+            mass = (top.exp() * is_sure).sum(-1) / total[:, 0]  # (B)
+            if (is_sure.sum(-1) >= top_k if top_k > 0 else mass >= top_p).all():
                 logits, ids = top, top_ids
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(1, order)
@@ -434,8 +434,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]. In float64, to
-    # keep small weights in the sum. Unlike torch.multinomial, this never waits for a GPU.
+    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]; for u = 0, i would
+    # be 0. In float64, for small weights. Unlike torch.multinomial, this never waits for a GPU.
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
@@ -466,7 +466,7 @@ class Engine:
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) in float32 after the last of ids (B, T); mask is (B, S) or wider."""
-        mask = None if mask is None else mask[:, : cache.length + ids.shape[1]]
+        mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]  # (B, S)
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
     prefill = decode = next_logits  # the pass over the prompt; later ones, over one token per row
@@ -586,7 +586,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
-                tokens[b], logprobs[b] = pad, 0.0
+                tokens[b], logprobs[b] = pad, 0.0  # the model goes on with what it has sampled
             elif token in stop_ids:
                 reasons[b] = "stop"
             elif step == max_new_tokens:
@@ -1322,7 +1322,7 @@ class TransposedKVCache(KVCache):
         positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
         q's dtype. The output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
-        has_one_mask = mask is None or mask.shape[1:] == (1, T, S)  # one for all heads
+        has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
         if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D) or 1 < T == S:
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
@@ -2287,7 +2287,7 @@ class CudaEngine(TableEngine):
             mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
 
         def step() -> Tensor:
-            return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
+            return self.next_logits(ids, mask, cache)
 
         cache.is_capturing = True
         try:

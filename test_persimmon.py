@@ -641,9 +641,11 @@ def test_forward_refuses_inputs_that_do_not_fit(small):
 
 
 def test_gradient_checkpointing():
-    """The same gradients, dropout included, out of much less that is kept for the backward pass."""
+    """The same gradients, dropout included, out of much less that is kept for the backward pass. Of subclasses too."""
     ids, results, kept = random_ids(CONFIG), [], []
     model = PersimmonForCausalLM(replace(CONFIG, hidden_dropout=0.3, attention_dropout=0.2)).train()
+    model.model.layers[1].__class__ = type("Double", (persimmon.Block,), {
+        "forward": lambda block, x, *others: 2 * persimmon.Block.forward(block, x, *others)})
     for _ in range(2):
         torch.manual_seed(0), model.zero_grad(), kept.append(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(kept.pop() + t.numel()) or t, lambda t: t):
@@ -1414,9 +1416,9 @@ def test_sparse_linear(reads, rows, density, dtype, tolerance):
 @pytest.mark.parametrize("N, S, T", [
     (20, 1, 1), (20, 8, 1), (20, 9, 1), (20, 20, 1), (20, 24, 1), (7, 7, 1), (8, 8, 1), (20, 9, 3), (20, 9, 9)])
 def test_transposed_kv_cache(reads, N, S, T):
-    """What has a mask for each head, or is a prompt, whose own keys are at hand, is left to KVCache."""
+    """What has a mask for each head or of floats, or is a prompt, whose own keys are at hand, is left to KVCache."""
     causal, itself = torch.ones(T, S).tril(S - T) > 0, torch.eye(S)[S - T :] > 0
-    for mask in (causal[None, None] if 1 < T < S else None,
+    for mask in (causal[None, None] if 1 < T < S else None, torch.randn(1, 1, T, S),  # added to the scores
                  *((torch.rand(2, heads, T, S) < 0.5) & causal | itself for heads in (1, 3))):
         cache, (k, v) = new_cache(CONFIG, 2, N, TransposedKVCache), torch.randn(2, 2, 3, S, 16)
         keys, values, q = cache.keys[1], cache.values[1], torch.randn(2, 3, T, 16)
@@ -1425,7 +1427,7 @@ def test_transposed_kv_cache(reads, N, S, T):
         cache.crop(S - T)
         reads.clear()
         assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
-        is_plain = 1 < T == S or mask is not None and mask.shape[1] == 3
+        is_plain = 1 < T == S or mask is not None and (mask.shape[1] == 3 or mask.is_floating_point())
         assert reads == ({"KVCache": 1} if is_plain else {"sums": 2} if T == 1 else {})
         assert torch.equal(keys[:, :, :S], k) and torch.equal(values[:, :, :S], v)
         assert keys.mT.is_contiguous() and keys[:, :, S:].isnan().all() and cache.keys[[0, 2, 3]].isnan().all()
@@ -2302,6 +2304,7 @@ EDITS = {  # of Part I: what a person changes who copies the file; and which par
         "block attention prefill cpu"),
     "interleaved RoPE": ([("x[..., : R // 2], x[..., R // 2 : R]", "x[..., 0:R:2], x[..., 1:R:2]")],
                          "block attention prefill"),
+    "soft cap": ([(".logits[:, -1].float()", ".logits[:, -1].float().tanh()")], ""),  # not in a module
     "padding that one position sees": ([
         (SDPA, "mask = torch.ones_like(mask) if mask is not None and q.shape[2] == 1 else mask\n    " + SDPA)], "cpu"),
 }  # fmt: skip
