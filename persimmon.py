@@ -1083,7 +1083,7 @@ class PersimmonForSequenceClassification(PersimmonPreTrainedModel):
         (B, T, _), pad = x.shape, self.config.pad_token_id
         if pad is None and B > 1:
             raise ValueError(f"to find where {B} texts end, config.json needs a pad_token_id")
-        position = torch.arange(T, dtype=torch.long, device=x.device).expand(B, T)  # (B, T)
+        position = torch.arange(T, device=x.device).expand(B, T)  # (B, T)
         if pad is not None and input_ids is not None:
             position = position * (input_ids != pad)  # (B, T)
         last = position.argmax(-1)  # (B)
@@ -1130,9 +1130,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of this very class, in eval mode, with plain parameters and without hooks."""
-    is_hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                 or module._backward_pre_hooks or "forward" in vars(module))
+    """Whether it is of this very class, in eval mode, with plain parameters, no hooks on a pass."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     is_plain = all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     return type(module) is kind and is_plain and not is_hooked and not module.training
 
@@ -1575,12 +1574,9 @@ class Int4Linear(QuantizedLinear):
         w = nn.functional.pad(weight.float(), (0, 0, 0, -O % 64)).unflatten(1, (-1, g))
         low, high, best = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True), None
         for part in (1.0, 0.9):
-            scale, offset = (high - low) * part / 15, low * part
+            scale, offset = (high - low) * part / 15, low * part  # offset: the weight of code 0
             for _ in range(3):
-                # Round as stored: `offset` is the weight of code 0, and that of code 8 is stored.
                 # Equal weights have scale 0. A fit to equal codes is NaN, which is never the best.
-                scale = scale.to(dtype).float()
-                offset = (offset + 8 * scale).to(dtype).float() - 8 * scale
                 codes = ((w - offset) / torch.where(scale > 0, scale, 1)).round_().clamp_(0, 15)
                 error = (codes * scale).add_(offset).sub_(w).square_().sum(-1, keepdim=True)
                 new = error, scale, offset, codes
@@ -2273,9 +2269,8 @@ class CudaEngine(TableEngine):
 
     def graph_key(self) -> list[Any]:
         """What a captured graph depends on."""
-        own = [t.rows for t in self.tables.values() if t.rows is not None]
-        own += [t.rows for m in self.modules for t in vars(m).get("packed", {}).values()]
-        return [self.state, *(t.data_ptr() for t in own)]
+        packed = chain.from_iterable(vars(m).get("packed", {}).values() for m in self.modules)
+        return [self.state, *(table.rows.data_ptr() for table in (*self.tables.values(), *packed))]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:

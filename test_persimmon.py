@@ -801,7 +801,9 @@ def test_a_conversation_computes_only_what_is_new(small, monkeypatch, kind):
         branch, cache = cache, copy.deepcopy(cache)
         text = torch.cat((answer, more[turn : turn + 1]), 1)
         assert torch.equal(small.generate(text, cache=branch, **five), small.generate(text, **five))
-    refuses("a cache of 29 needs a longer, unpadded prompt: not 29", small.generate, text[:, :29], cache=cache)
+    for prompt in ((text[:, :29],), (text[:, :30], torch.arange(30)[None] > 0)):
+        refuses(f"a cache of 29 needs a longer, unpadded prompt: not {prompt[0].shape[1]}", small.generate, *prompt,
+                cache=cache)
 
 
 def test_stop_ids_and_padding(small):
@@ -1254,6 +1256,7 @@ OfText, OfToken = PersimmonForSequenceClassification, PersimmonForTokenClassific
     (OfText, 1, torch.tensor([0.5, -1, 2, 0]), {}), (OfText, 3, torch.tensor([2, 0, 1, 1]), {}),
     (OfText, 3, torch.tensor([2, -100, 1, 0]), {"problem_type": "single_label_classification"}),
     *((OfText, 3, torch.eye(4, 3), {"problem_type": p}) for p in (None, "regression", "multi_label_classification")),
+    (OfText, 1, torch.eye(4, 1), {"problem_type": "multi_label_classification"}),
     *((OfToken, 6, torch.arange(4 * T).view(4, T) % 6, {f"{part}_dropout": 1.0, "classifier_dropout": own})
       for part, own in (("classifier", 1.0), ("hidden", None), ("hidden", 0.0), ("attention", 0.0)))])  # fmt: skip
 def test_classifiers(tmp_path, cls, K, labels, changes):
@@ -1371,6 +1374,9 @@ def reads(monkeypatch) -> Counter:
 def test_cpu_has_and_fingerprints_and_available_memory():
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
     assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(torch.device("cpu")) < 1e14
+    before = persimmon.fingerprints([weight := torch.rand(99, 99)])
+    weight[5, 5] = 2  # which is not in the sample
+    assert persimmon.fingerprints([weight]) != before
     with torch.inference_mode():  # what is made there has no version
         assert persimmon.fingerprints([weight := torch.rand(9, 9)]) != persimmon.fingerprints([weight.neg_()])
 
