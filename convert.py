@@ -171,11 +171,11 @@ class Weight(NamedTuple):
 class Window(io.FileIO):
     """A file of which `left` bytes can be read: zipfile and tarfile read what a header claims."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, left: int = 4 * SMALL) -> None:
         if not path.is_file():  # a pipe would be waited for
             raise FileNotFoundError(f"there is no file {path}")
         super().__init__(path)
-        self.left = 4 * SMALL
+        self.left = left
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(self.left + 1 if size is None or size < 0 else min(size, self.left + 1))
@@ -294,7 +294,7 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
     architecture = known.get((raw.get("architectures") or ["PersimmonForCausalLM"])[0])
     if architecture is None:
         raise ValueError(f"{path} has an architecture that is none of {', '.join(known)}")
-    files = {name: Window(path / name).read() for name in persimmon.TOKENIZER_FILES
+    files = {name: Window(path / name, 16 * SMALL).read() for name in persimmon.TOKENIZER_FILES
              if (path / name).is_file()} | files
     weights: dict[str, Weight] = {}
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):

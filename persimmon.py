@@ -282,7 +282,7 @@ class PersimmonPreTrainedModel(nn.Module):
             QUANTIZERS[asked["quantize"]](self, asked["group_size"])
 
     def gradient_checkpointing_enable(self) -> None:
-        """Save memory: recompute blocks in the backward pass (Chen et al., arXiv 1604.06174)."""
+        """Recompute blocks in the backward pass (arXiv 1604.06174); `del block.forward` ends it."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -340,7 +340,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         if position_ids is None and attention_mask is None:
             position_ids = input_pos[None]  # (1, T)
         elif position_ids is None:
-            tokens_before = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S)
+            tokens_before = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)  # (B, S)
             position_ids = tokens_before[:, input_pos]  # (B, T)
         elif position_ids.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids are {tuple(position_ids.shape)}, not (B, T) = {B, T}")
@@ -370,8 +370,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
                 logits_to_keep: int = 0) -> HeadOutput:
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
-        labels (B, T) are input_ids with -100 where a token does not count. Do not shift them: here
-        logits at t are scored against the label at t + 1. The rest: see PersimmonModel.forward.
+        labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
+        A label of -100 does not count; let padding and the first token after it have that.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -388,8 +388,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """The prompts input_ids (B, T) with their continuations: (B, T + new tokens), padding after
         the end of a row. Options: see the function `generate`; max_length counts the prompt too."""
         if max_length is not None:
-            if "max_new_tokens" in options:
-                raise ValueError("give max_new_tokens or max_length, and not both")
+            if "max_new_tokens" in options or max_length <= input_ids.shape[1]:
+                raise ValueError("give max_new_tokens, or a max_length above the prompt's length")
             options["max_new_tokens"] = max_length - input_ids.shape[1]
         steps = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
         return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
@@ -420,7 +420,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
-            mass = (top.exp() * is_sure).sum(-1) / total[:, 0]  # (B)
+            mass = (top.exp() * is_sure).sum(-1) / total[:, 0]
             if (is_sure.sum(-1) >= top_k if top_k > 0 else mass >= top_p).all():
                 logits, ids = top, top_ids
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -466,7 +466,7 @@ class Engine:
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) in float32 after the last of ids (B, T); mask is (B, S) or wider."""
-        mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]  # (B, S)
+        mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
     prefill = decode = next_logits  # the pass over the prompt; later ones, over one token per row
@@ -501,7 +501,7 @@ def check_options(**options: float) -> None:
               "seed": (0, 2**63 - 1), "max_new_tokens": (1, math.inf)}
     for name, value in options.items():
         low, high = ranges.get(name, (0, math.inf))
-        if not low <= value <= high:
+        if value is None or not low <= value <= high:
             raise ValueError(f"{name} = {value} is out of range: it goes from {low} to {high}")
 
 
@@ -511,7 +511,7 @@ def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tup
         raise ValueError(f"the prompt is {tuple(ids.shape)}: it has to be (B, T), with T > 0")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(f"the prompt has ids from {ids.min()} to {ids.max()}, of {vocab_size}")
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)  # (B, T)
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.bool().to(ids)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
     if not mask.any(1).all():
@@ -530,8 +530,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
-    seed, each call has a new one. If `cache` already holds the start of an unpadded prompt, only
-    the rest is computed; still pass the whole prompt. A row ends with one of these reasons:
+    seed, each call has a new one. `cache`, from engine_for(model).make_cache(B, N), may hold the
+    start of an unpadded prompt, which is then skipped. A row ends with one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or N + 1 with a `cache` for N
@@ -559,7 +559,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     stop_ids = set(eos if stop_ids is None else map(int, stop_ids))
     pad = pad if pad is not None else eos[0] if eos else 0
-    generators = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]
+    generators = [torch.Generator(device).manual_seed(int(seed) + b) for b in range(B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
     seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding marks the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
@@ -733,7 +733,8 @@ def config_to_dict(config: PersimmonConfig) -> dict[str, Any]:
 
 
 # --- Loading and saving ---------------------------------------------------------------------------
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json")
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
                       torch.uint8: "U8", torch.int8: "I8"}  # the integers: quantized matrices
 
@@ -783,7 +784,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     dtype     "auto" is config.json's, else the file's own. On a CPU, weights in the file's dtype
               are mapped: pages are read when first used, and training never changes the file
     progress  is called with the fraction that is done, in bytes
-    quantize  "int8", or "int4" in groups of group_size inputs: done matrix by matrix
+    quantize  "int8", or "int4" in groups of group_size inputs; a quantized folder stays as it is
     changes   replace values of config.json, as in num_labels=3"""
     if "sparse" in changes:
         raise ValueError("from_pretrained has no sparse= any more: see model.fast")
@@ -1043,8 +1044,8 @@ class StreamDecoder:
 
 def chat_prompt(turns: Sequence[str]) -> str:
     """The prompt for an answer to turns of human, adept, ..., human (Adept's README, note 1)."""
-    if len(turns) % 2 == 0:
-        raise ValueError(f"a chat prompt ends with a human's turn: {len(turns)} is an even number")
+    if isinstance(turns, str) or len(turns) % 2 == 0:
+        raise ValueError(f"turns = {turns!r} is no list that ends with a human's turn")
     return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:"
                    for n, turn in enumerate(turns))
 
@@ -1116,8 +1117,8 @@ class PersimmonForTokenClassification(PersimmonPreTrainedModel):
 
 
 __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache", "generate",
-           "sample", "Step", "load_config", "Tokenizer", "StreamDecoder", "chat_prompt",
-           "PersimmonForSequenceClassification", "PersimmonForTokenClassification"]
+           "sample", "Step", "engine_for", "load_config", "Tokenizer", "StreamDecoder",
+           "chat_prompt", "PersimmonForSequenceClassification", "PersimmonForTokenClassification"]
 
 
 # === Part III. Faster =============================================================================
@@ -1134,6 +1135,13 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     is_plain = all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     return type(module) is kind and is_plain and not is_hooked and not module.training
+
+
+class PassForward(partial):
+    """A module's `forward` in a pass: f(module, ...). If another thread copies it, it is plain."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (type(self.args[0]).forward, self.args[0])
 
 
 @contextmanager
@@ -1202,7 +1210,7 @@ class TableEngine(Engine):
     """An engine that reads only the columns of a down-projection whose activations are not zero.
     For that it keeps the transposed weight in a table, whose rows are contiguous: 4.8 GB in all for
     the 8B in 16 bit. Tables are made before the second token, if there is memory (on a GPU only for
-    a single text), and again after a weight has changed."""
+    a single text), and again after a weight has changed (on a GPU at the next prompt)."""
 
     large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, where F.linear is fastest
 
@@ -1222,18 +1230,17 @@ class TableEngine(Engine):
         self.downs = [m for m in downs if self.is_large(m)]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
-        """Forget the tables of weights that have changed, or whose module is none of these; and the
-        private copies that a quantized layer has made of tensors that have changed."""
+        """Forget the tables, and the private copies of quantized layers, whose module is none of
+        these, or whose weight has changed."""
         modules = {*modules}
         copies = [(m, t) for m in modules for t in vars(m).get("packed", {}).values()]
+        copies += self.tables.items()
         for (m, table), now in zip(copies, fingerprints([table.weight for _, table in copies])):
-            if now != table.fingerprint or all(table.weight is not b for b in m.buffers()):
-                m.packed = {}
-        old = [*self.tables.items()]
-        for (linear, table), now in zip(old, fingerprints([table.weight for _, table in old])):
-            is_same = linear.weight is table.weight and now == table.fingerprint
-            if linear not in modules or not is_same:
-                self.tables.pop(linear, None)  # another thread may have done it
+            is_own = any(table.weight is t for t in (*m._parameters.values(), *m._buffers.values()))
+            if m not in modules or not is_own or now != table.fingerprint:
+                self.tables.pop(m, None)  # another thread may have done it
+                if "packed" in vars(m):
+                    m.packed = {}
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the missing tables; progress is called with the fraction that is done."""
@@ -1408,16 +1415,17 @@ class CpuEngine(TableEngine):
         return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine; first makes the tables."""
+        """As in Engine; first makes the tables, anew where the caller has changed a weight."""
+        self.forget_tables(self.linears)
         self.prepare()
         return self.next_logits(ids, mask, cache)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, with the products above."""
-        forwards = {m: partial(cpu_linear, m) for m in self.linears if is_unmodified(m, nn.Linear)}
-        for linear, table in [*self.tables.items()]:
-            if linear in forwards and table.weight is linear.weight:
-                forwards[linear] = partial(sparse_linear, linear, table.rows)
+        linears = [m for m in self.linears if is_unmodified(m, nn.Linear)]
+        forwards = {m: PassForward(cpu_linear, m) for m in linears}
+        forwards |= {m: PassForward(sparse_linear, m, table.rows)
+                     for m, table in [*self.tables.items()] if m in forwards}
         with replaced_forward(forwards):
             return super().next_logits(ids, mask, cache)
 
@@ -2038,7 +2046,7 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
     if not (qkv.shape == (rows, T, 3 * H * D) and (layer.num_heads, layer.head_dim) == (H, D)
             and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
-            and all(p is None or p.shape == (D,) for p in weights)):
+            and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) == B * H):
         raise ValueError("shapes or dtypes are not those of the kernel")
     splits, width = (cache.splits if T == 1 else 0), (N if cache.is_capturing else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
@@ -2175,13 +2183,13 @@ class CudaEngine(TableEngine):
             modules = [m for block in blocks for m in block.modules()]
             kinds |= {Block, MLP, nn.Linear, nn.Dropout}
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
-            found = {block: partial(fused_block, block, self.tables) for block in blocks}
+            found = {block: PassForward(fused_block, block, self.tables) for block in blocks}
             if type(head) in kinds and is_unmodified(head, type(head)):
-                found[head] = partial(fused_linear, head)
+                found[head] = PassForward(fused_linear, head)
         else:
             layers = [block.self_attn for block in blocks]
             modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
-            found = {layer: partial(fused_attention, layer) for layer in layers}
+            found = {layer: PassForward(fused_attention, layer) for layer in layers}
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
         return found if is_known else {}
 
@@ -2258,19 +2266,20 @@ class CudaEngine(TableEngine):
         if not (forwards and self.is_unhooked):  # hooks have to run in each pass
             with replaced_forward(forwards):
                 return self.next_logits(ids, mask, cache)
-        if cache.graph_key != self.graph_key() or cache.graph[3] is not mask:
+        if cache.graph_key != self.graph_key(cache) or cache.graph[3] is not mask:
             cache.graph = self.capture_cuda_graph(ids, mask, cache, forwards)
-            cache.graph_key = self.graph_key()
+            cache.graph_key = self.graph_key(cache)
         graph, own_ids, logits, *_ = cache.graph
         own_ids.copy_(ids)
         graph.replay()
         cache.crop(cache.length + 1)
         return logits
 
-    def graph_key(self) -> list[Any]:
+    def graph_key(self, cache: StaticCache) -> list[Any]:
         """What a captured graph depends on."""
         packed = chain.from_iterable(vars(m).get("packed", {}).values() for m in self.modules)
-        return [self.state, *(table.rows.data_ptr() for table in (*self.tables.values(), *packed))]
+        own = cache.keys, cache.values, *(t.rows for t in (*self.tables.values(), *packed))
+        return [self.state, *(tensor.data_ptr() for tensor in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
