@@ -1672,7 +1672,7 @@ class Int8SparseLinear(QuantizedLinear):
         w = weight.t().float()
         offset = w.amin(1, keepdim=True)
         scale = (w.amax(1, keepdim=True) - offset) / 255
-        codes = ((w - offset) / torch.where(scale > 0, scale, 1)).round().clamp(0, 255)
+        codes = ((w - offset) / torch.where(scale > 0, scale, 1)).round()  # 0 ... 255
         tail = torch.cat((scale, offset), dim=1).view(torch.uint8)
         return (torch.cat((codes.to(torch.uint8), tail), dim=1),)
 

@@ -1194,6 +1194,7 @@ def test_tokenizer(tokenizers):
             assert tokenizer.decode(one) == StreamDecoder(tokenizer).push(one) == oracle.decode(ids[3:4])
         whole = oracle.id_to_piece(end) + oracle.decode(ids[1:])
         assert tokenizer.decode(ids * 2, skip_special_tokens=False) == 2 * whole
+    assert {(t.shape, t.dtype) for t in tokenizer([]).values()} == {((0,), torch.long)}
     refuses("return_tensors = 'np'", tokenizer, "fox", return_tensors="np")
     refuses("not valid Unicode", tokenizer, "a\udc80")
     refuses("the ids of one text, not of several", tokenizer.decode, torch.tensor([ids]))
@@ -1275,6 +1276,9 @@ def test_classifiers(tmp_path, cls, K, labels, changes):
     assert close(a.logits[counted], b.logits[counted]) and close(a.loss, b.loss)
     a.loss.backward(), b.loss.backward()
     assert all(close(p.grad, theirs.get_parameter(name).grad) for name, p in ours.named_parameters())
+    if cls is OfText:  # in another dtype, and as a column
+        labels = labels.view(4, -1).to(torch.int if labels.dtype == torch.long else torch.double)
+        assert close(ours(ids, mask, labels=labels).loss, b.loss)
     embeds, places = torch.randn(4, T, 48), 2 * torch.arange(T)[None]  # not shifted: RoPE is relative
     assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
     assert close(ours(ids, None, places).logits, theirs(ids, None, places.expand(4, T)).logits)
@@ -1599,12 +1603,12 @@ def test_int4_is_packed_for_other_processors(group_size, tiles):
 @each_format
 def test_codes_by_output(cls, group_size):
     """What CUDA's kernel multiplies gives the weights back; it is made once, and a captured step depends on it."""
-    layer = cls(torch.nn.Linear(256, 8200), group_size).eval()
+    layer = cls(torch.nn.Linear(256, 8200).bfloat16(), group_size).eval()
     if cls is not Int8SparseLinear:
         layer.packed = {"matmul": None} if cls is Int4Linear else {}  # a copy that is not needed beside codes
         packed, scale, offset, size = layer.codes_by_output
         codes = torch.cat((packed & 15, packed & -16), dim=1) if cls is Int4Linear else packed
-        W = codes.unflatten(1, (-1, size)) * scale.reshape(-1, 8200).T[..., None]
+        W = codes.unflatten(1, (-1, size)) * scale.double().reshape(-1, 8200).T[..., None]
         W = W + offset.T[..., None] if cls is Int4Linear else W
         assert (W.flatten(1) - dequantized(layer)).abs().max() < 1e-6
         assert packed.is_contiguous() and layer.codes_by_output[0] is packed and "matmul" not in layer.packed
