@@ -786,8 +786,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     progress  is called with the fraction that is done, in bytes
     quantize  "int8", or "int4" in groups of group_size inputs; a quantized folder stays as it is
     changes   replace values of config.json, as in num_labels=3"""
-    if "sparse" in changes:
-        raise ValueError("from_pretrained has no sparse= any more: see model.fast")
+    if unknown := changes.keys() - CONFIG_FIELDS.keys():
+        raise ValueError(f"from_pretrained has no {min(unknown)}=: see `load`, or model.fast")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is a folder on this disk")
     config = checked_config(**(asdict(load_config(folder)) | changes))

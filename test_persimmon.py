@@ -980,10 +980,10 @@ REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part 
      *({"quantization_config": {"quant_method": "persimmon.py", "quantize": kind}} for kind in ([], None))),
     ("generation_config.json", r"eos_token_id = \[536870912\]", {"eos_token_id": [2**29]}),
     ("", "use one of bfloat16, float16, float32", {"dtype": "float8"}, {"dtype": torch.float64}, {"dtype": None}),
-    ("", "hidden_dropout = 2 is not from 0 to 1", {"hidden_dropout": 2}), ("", "num_lables", {"num_lables": 3}),
+    ("", "hidden_dropout = 2 is not from 0 to 1", {"hidden_dropout": 2}),
     ("", "num_labels = 3, but id2label has 1 labels", {"num_labels": 3, "id2label": {"0": "a"}}),
     ("", "there is no folder no", {"folder": "no"}), ("", "'int3' .* has int8 and int4", {"quantize": "int3"}),
-    ("", "from_pretrained has no sparse= any more: see model.fast", {"sparse": 0})]  # fmt: skip
+    ("", "has no (sparse|num_lables)=: see `load`, or model.fast", {"sparse": 0}, {"num_lables": 3})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("file", "message", "change"), [(*row[:2], change) for row in REFUSED for change in row[2:]])
@@ -999,7 +999,7 @@ def test_loading_refuses(folder, monkeypatch, file, message, change):
         (folder / file).write_bytes(change if isinstance(change, bytes) else change((folder / file).read_bytes()))
     elif file:
         (change_tensors if file == WHOLE else edit)(folder / file, **change)
-    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=rf"\A.*{message}.*\Z"):  # in one line
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"\A.*{message}.*\Z"):  # in one line
         PersimmonForCausalLM.from_pretrained(**{"folder": folder, **({} if file else change)})
 
 
@@ -1520,7 +1520,8 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     Then odd weights: rows of one sign, zeros by row and by column, a group of equal weights."""
     linear, density = torch.nn.Linear(C := groups * group_size, 130).to(dtype), 0.3 if cls is Int8SparseLinear else 1.0
     linear.weight.data.normal_().abs_()
-    limit = {Int8Linear: 0.01, Int8SparseLinear: 0.0035}.get(cls) or {32: 0.0415, 64: 0.0475, 128: 0.052}[group_size]
+    limit = {Int8Linear: 0.0095 if groups > 3 else 0.0074, Int8SparseLinear: 0.0035}.get(cls)
+    limit = limit or {32: 0.0415, 64: 0.0475, 128: 0.052}[group_size]
     W = dequantized(layer := cls(linear, group_size))
     assert (W - linear.weight).norm() < limit * linear.weight.double().norm()
     for rows in (1, 3, 70):
