@@ -2659,6 +2659,7 @@ def test_random_weights(cli, monkeypatch):
     for density, quantize in ((0.1, None), (0.3, "int8")):
         done, counts = [], []
         model = random_model(3, density, "float32", "cpu", quantize, done.append)
+        assert isinstance(model.lm_head, Int8Linear) == (quantize is not None)
         for block in model.model.layers:
             block.mlp.dense_4h_to_h.register_forward_pre_hook(lambda _, x: counts.append((x[0] != 0).float().mean()))
         model.generate(torch.arange(40)[None], max_new_tokens=9)
@@ -2839,7 +2840,7 @@ def test_convert(tmp_path, make, weights, kind, capsys):
     out, folder = tmp_path / "out", tmp_path / "8b_chat_model_release"
     matrix, bias = "lm_head.weight", "model.final_layernorm.bias"
     tensors = {**weights, matrix: torch.nn.Parameter(weights[matrix].t().contiguous()).t(),
-               bias: torch.cat((torch.ones(2 * convert.SMALL).bfloat16(), weights[bias]))[-48:]}
+               bias: torch.nn.Parameter(torch.cat((torch.ones(2 * convert.SMALL).bfloat16(), weights[bias]))[-48:])}
     with tarfile.open(make.tar(tensors=tensors)) as opened:
         opened.extractall(tmp_path, filter="data")
     with torch.utils.serialization.config.patch({"save.storage_alignment": 1}):  # values begin at odd places
@@ -2862,15 +2863,20 @@ def test_convert(tmp_path, make, weights, kind, capsys):
     ("int8", "bfloat16", PersimmonForCausalLM), ("int4", "float32", PersimmonForTokenClassification)])
 @pytest.mark.filterwarnings("ignore:.* has no score")
 def test_convert_quantizes(tmp_path, refused, kind, dtype, head):
-    """All but the head of a classifier. The source has safetensors, and its save_pretrained was killed in the end."""
+    """All but the head of a classifier. The source has safetensors, its tokenizer is transformers 5's, and its
+    save_pretrained was killed in the end."""
     source, out, options = tmp_path / "model", tmp_path / "out", ["--quantize", kind, "--group-size", "64"]
-    (model := head.from_pretrained(TINY, num_labels=3)).save_pretrained(source / ".complete")
-    (source / ".complete" / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    (model := head.from_pretrained(TINY, num_labels=3)).save_pretrained(complete := source / ".complete")
+    (complete / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    change_tensors(complete / WHOLE, **{"model.rotary_emb.inv_freq": torch.ones(4)})
+    for name in (files := ("tokenizer.json", TOKENIZER)):
+        (complete / name).write_text('{"add_bos_token": false}')
     assert converted(source, out, *options, "--dtype", dtype) == 0
     expected = quantize_model(model.to(getattr(torch, dtype)), kind, 64)
     assert (model := head.from_pretrained(out)).config == replace(
         expected.config, eos_token_id=[7, 8], dtype=dtype, quantization={"quantize": kind, "group_size": 64})
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert [(out / name).read_bytes() for name in files] == [(source / name).read_bytes() for name in files]
     refused(f"{out} is quantized already: start", out, tmp_path / "no")
 
 
