@@ -65,7 +65,7 @@ import persimmon  # noqa: E402
 
 PIECE = 1 << 26  # bytes that are copied at once
 COMPUTED = "rotary_emb.inv_freq"  # stored by some versions, made from rope_theta here
-SMALL = 1 << 22  # bytes of a pickle; all headers of an archive may have four times as many
+SMALL = 1 << 22  # bytes of a pickle; an archive's headers may have 4 times as many, JSON 16 times
 MD5 = ("cd0320cba9efad9ccd18e9ec4d16ae1b", "663aeace07269c44e90f4e8bcd07f32a")  # base and chat
 RENAMED = {"language_model.embedding.word_embeddings.": "model.embed_tokens.",  # from Megatron's
            "language_model.encoder.": "model.", "word_embeddings_for_head.": "lm_head.",
@@ -295,7 +295,7 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
     if architecture is None:
         raise ValueError(f"{path} has an architecture that is none of {', '.join(known)}")
     files = {name: Window(path / name, 16 * SMALL).read() for name in persimmon.TOKENIZER_FILES
-             if (path / name).is_file()} | files
+             if (path / name).is_file() and not (files and name == "tokenizer.json")} | files
     weights: dict[str, Weight] = {}
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         for shard in sorted(set(persimmon.tensor_files(path).values())):

@@ -282,7 +282,7 @@ class PersimmonPreTrainedModel(nn.Module):
             QUANTIZERS[asked["quantize"]](self, asked["group_size"])
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute blocks in the backward pass (arXiv 1604.06174); `del block.forward` ends it."""
+        """Save memory: recompute blocks in backward (arXiv 1604.06174). Undo: del block.forward."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -324,7 +324,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
-            raise ValueError("float16 rounds AdamW's eps to 0, hence NaN: use bfloat16, or eval()")
+            raise ValueError("float16 rounds AdamW's usual eps to 0: use bfloat16, or eval()")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -362,7 +362,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample, self.cache_config = None, sample, config  # see parallelize
+        self.engine, self.sample, self.cache_config = None, sample, config  # Part III has others
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -389,7 +389,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         the end of a row. Options: see the function `generate`; max_length counts the prompt too."""
         if max_length is not None:
             if "max_new_tokens" in options or max_length <= input_ids.shape[1]:
-                raise ValueError("give max_new_tokens, or a max_length above the prompt's length")
+                raise ValueError("give max_new_tokens or a max_length, which counts the prompt too")
             options["max_new_tokens"] = max_length - input_ids.shape[1]
         steps = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
         return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
@@ -530,11 +530,11 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
-    seed, each call has a new one. `cache`, from engine_for(model).make_cache(B, N), may hold the
-    start of an unpadded prompt, which is then skipped. A row ends with one of these reasons:
+    seed, each call has a new one. If `cache`, from engine_for(model).make_cache(B, N), holds the
+    start of an unpadded prompt, pass all of it: only the rest is computed. Why a row ends:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
-        "context"  it has max_position_embeddings tokens, or N + 1 with a `cache` for N
+        "context"  it has max_position_embeddings tokens, or `cache` is full
 
     The first step raises ValueError for options out of range and for prompts that are empty, have
     ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
@@ -559,7 +559,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
     stop_ids = set(eos if stop_ids is None else map(int, stop_ids))
     pad = pad if pad is not None else eos[0] if eos else 0
-    generators = [torch.Generator(device).manual_seed(int(seed) + b) for b in range(B)]
+    generators = [torch.Generator(device).manual_seed(s) for s in range(seed, seed + B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
     seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding marks the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
@@ -913,8 +913,9 @@ def staging(folder: Path) -> Iterator[Path]:
             names = {*os.listdir(new)}
             new.rename(folder / ".complete")  # from here on, the new files count
             settle(folder)
-            old = re.compile(r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json")
-            for name in filter(old.fullmatch, {*os.listdir(folder)} - names):
+            old = r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json"
+            old += "|tokenizer.json" * ("tokenizer.model" in names)  # of another tokenizer
+            for name in filter(re.compile(old).fullmatch, {*os.listdir(folder)} - names):
                 (folder / name).unlink()
             with suppress(OSError):  # left by a process killed just after it made `folder`
                 (beside / "lock").unlink(missing_ok=True)
@@ -935,8 +936,8 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
         write_safetensors(new / "model.safetensors", tensors)
         write_json(new / "config.json", raw)
         write_json(new / "generation_config.json", ids)
-        for name in TOKENIZER_FILES:
-            if model.folder and (model.folder / name).is_file() and not (folder / name).exists():
+        for name in TOKENIZER_FILES if not (folder / "tokenizer.model").exists() else ():
+            if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)
 
 
@@ -1045,7 +1046,8 @@ class StreamDecoder:
 def chat_prompt(turns: Sequence[str]) -> str:
     """The prompt for an answer to turns of human, adept, ..., human (Adept's README, note 1)."""
     if isinstance(turns, str) or len(turns) % 2 == 0:
-        raise ValueError(f"turns = {turns!r} is no list that ends with a human's turn")
+        raise ValueError("turns have to be a list that ends with a human's turn, not a "
+                         f"{type(turns).__name__} of {len(turns)}")
     return "".join(f" {turn.strip()}\n\n" if n % 2 else f"human: {turn}\n\nadept:"
                    for n, turn in enumerate(turns))
 
@@ -1131,17 +1133,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of this very class, in eval mode, with plain parameters, no hooks on a pass."""
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    """Whether it is of this very class, in eval mode, with plain parameters, without hooks."""
+    is_own = isinstance(vars(module).get("forward"), (PassForward, type(None)))
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or not is_own
     is_plain = all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     return type(module) is kind and is_plain and not is_hooked and not module.training
 
 
 class PassForward(partial):
-    """A module's `forward` in a pass: f(module, ...). If another thread copies it, it is plain."""
+    """A module's `forward` in a pass: f(module, ...). If another thread makes a copy of the module
+    meanwhile, f is the plain one there, and the next pass removes it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (type(self.args[0]).forward, self.args[0])
+        return PassForward, (type(self.args[0]).forward, self.args[0])
 
 
 @contextmanager
@@ -1210,7 +1214,7 @@ class TableEngine(Engine):
     """An engine that reads only the columns of a down-projection whose activations are not zero.
     For that it keeps the transposed weight in a table, whose rows are contiguous: 4.8 GB in all for
     the 8B in 16 bit. Tables are made before the second token, if there is memory (on a GPU only for
-    a single text), and again after a weight has changed (on a GPU at the next prompt)."""
+    a single text), and again at the next prompt after a weight has changed."""
 
     large = 2**22  # bytes; a smaller matrix stays in a CPU's cache, where F.linear is fastest
 
@@ -1230,8 +1234,8 @@ class TableEngine(Engine):
         self.downs = [m for m in downs if self.is_large(m)]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
-        """Forget the tables, and the private copies of quantized layers, whose module is none of
-        these, or whose weight has changed."""
+        """Forget tables of modules that are none of these, and tables and packed copies of weights
+        that have changed."""
         modules = {*modules}
         copies = [(m, t) for m in modules for t in vars(m).get("packed", {}).values()]
         copies += self.tables.items()
@@ -1239,6 +1243,7 @@ class TableEngine(Engine):
             is_own = any(table.weight is t for t in (*m._parameters.values(), *m._buffers.values()))
             if m not in modules or not is_own or now != table.fingerprint:
                 self.tables.pop(m, None)  # another thread may have done it
+                self.downs = [down for down in self.downs if down is not m]
                 if "packed" in vars(m):
                     m.packed = {}
 
@@ -1415,7 +1420,7 @@ class CpuEngine(TableEngine):
         return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """As in Engine; first makes the tables, anew where the caller has changed a weight."""
+        """As in Engine; first makes the tables, and forgets those of weights that have changed."""
         self.forget_tables(self.linears)
         self.prepare()
         return self.next_logits(ids, mask, cache)
@@ -2046,7 +2051,8 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
     if not (qkv.shape == (rows, T, 3 * H * D) and (layer.num_heads, layer.head_dim) == (H, D)
             and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
-            and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) == B * H):
+            and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) >= B * H
+            and keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("shapes or dtypes are not those of the kernel")
     splits, width = (cache.splits if T == 1 else 0), (N if cache.is_capturing else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
@@ -2279,7 +2285,7 @@ class CudaEngine(TableEngine):
         """What a captured graph depends on."""
         packed = chain.from_iterable(vars(m).get("packed", {}).values() for m in self.modules)
         own = cache.keys, cache.values, *(t.rows for t in (*self.tables.values(), *packed))
-        return [self.state, *(tensor.data_ptr() for tensor in own)]
+        return [self.state, cache.keys.shape, *(tensor.data_ptr() for tensor in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
@@ -2290,9 +2296,7 @@ class CudaEngine(TableEngine):
         if mask is not None:
             mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
 
-        def step() -> Tensor:
-            return self.next_logits(ids, mask, cache)
-
+        step = partial(self.next_logits, ids, mask, cache)
         cache.is_capturing = True
         try:
             with torch.cuda.device(ids.device), replaced_forward(forwards):
