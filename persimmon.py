@@ -324,7 +324,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
-            raise ValueError("float16 rounds AdamW's usual eps to 0: use bfloat16, or eval()")
+            raise ValueError("training in float16 rounds AdamW's eps to 0: use bfloat16, or eval()")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -371,7 +371,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
         labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        A label of -100 does not count; let padding and the first token after it have that.
+        Padding and the first token after it get -100: no label. The rest: PersimmonModel.forward.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
