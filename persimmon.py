@@ -116,15 +116,15 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
     The new positions follow the cached ones: input_pos (T) is S - T ... S - 1. None means plain
-    causal attention: a position sees itself and all before it. For anything else, such as a sliding
-    window, always return a bool mask; its columns are indices of the cache, padding included. There
+    causal attention: a position sees itself and all before it. For another pattern, like a sliding
+    window, always return a bool mask. Its columns are cache indices, which count padding too. There
     are three cases, and without padding only the last one needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
                    is wrong here: its triangle starts at the top left, not at the bottom right.
-    Padding, zeros in attention_mask (B, S), hides columns in all three. But a padded position sees
-    itself: the softmax of a row without any True is 0/0, for which SDPA may return NaN.
+    In all three, zeros in attention_mask (B, S) hide the columns of padding. But a padded position
+    sees itself, as a row without any True would be 0/0 in the softmax, where SDPA may return NaN.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -144,11 +144,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
 
 class KVCache:
-    """Keys (after RoPE) and values of all positions so far: a pass computes only those of new ones.
+    """Keys (after RoPE) and values of all positions so far, so that a pass computes only new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
-    the 8B in 16 bit. Only the first `length` positions count; the rest is uninitialized memory or
-    left over. Use a cache under torch.no_grad(): in-place writes break the backward pass.
+    the 8B in 16 bit. Only the first `length` positions count; the others may hold anything. Use a
+    cache under torch.no_grad(): in-place writes break the backward pass.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -170,8 +170,7 @@ class KVCache:
         S = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : S] = k
         self.values[layer, :, :, self.length : S] = v
-        if self.length > 0:  # otherwise k and v are complete already
-            k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
+        k, v = self.keys[layer, :, :, :S], self.values[layer, :, :, :S]  # (B, H, S, D)
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
@@ -408,7 +407,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751)
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
-    if temperature < 1e-30:  # 0, or near what float32 rounds to 0, where 0 / 0 is NaN
+    if temperature < 1e-30:  # float32 would round a tiny one to 0, and 0 / 0 is NaN
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
@@ -530,8 +529,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
-    seed, each call has a new one. If `cache`, from engine_for(model).make_cache(B, N), holds the
-    start of an unpadded prompt, pass all of it: only the rest is computed. Why a row ends:
+    seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
+    already holds the start of an unpadded prompt, still pass the whole prompt: only the rest is
+    computed. A row ends for one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -1141,8 +1141,7 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class PassForward(partial):
-    """A module's `forward` in a pass: f(module, ...). If another thread makes a copy of the module
-    meanwhile, f is the plain one there, and the next pass removes it."""
+    """A module's `forward` in a pass. If another thread copies the module, it is plain there."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PassForward, (type(self.args[0]).forward, self.args[0])
@@ -1334,12 +1333,13 @@ class TransposedKVCache(KVCache):
         q's dtype. The output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
-        if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D) or 1 < T == S:
+        if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D):
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
-        if T > 1:  # SDPA is slow with transposed keys
-            return attention(q, keys[:, :, :S].contiguous(), values[:, :, :S], mask)
+        if T > 1:  # SDPA is slow with transposed keys; those of a prompt are at hand
+            k = k if T == S else keys[:, :, :S].contiguous()  # (B, H, S, D)
+            return attention(q, k, values[:, :, :S], mask)
         P = min(N, self.block)
         blocks = -(-S // P)  # the last one may hold positions beyond S
         table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
