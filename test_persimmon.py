@@ -292,7 +292,7 @@ if __name__ == "__main__":
 # ruff: noqa: E401, E402
 
 import ast, contextlib, gzip, hashlib, importlib.util, io, itertools, math, pickle, pty
-import random, re, runpy, select, shutil, socket, tarfile, threading, warnings, weakref, zipfile
+import random, re, runpy, select, shlex, shutil, socket, tarfile, threading, warnings, weakref, zipfile
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
@@ -3148,6 +3148,34 @@ def test_train_py(tmp_path, monkeypatch, capsys):
     train("broken", "--steps", "9", "--init", f"{tmp_path}/whole", "--lr", "1e30", code=2, says=r"\d: the loss is nan")
     before, after = (load_file(tmp_path / run / "model.safetensors")["lm_head.weight"] for run in ("whole", "tuned"))
     assert 0 < (after - before).abs().max() < 0.01 and after.dtype == torch.bfloat16  # other seeds differ by more
+
+
+def test_readme(tmp_path, monkeypatch, capsys):
+    """Its examples run as they stand, one after the other, in one process; and its command lines are parsed."""
+    text = (HERE / "README.md").read_text()
+    (tmp_path / "tiny").symlink_to(TINY), monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "localhost"),
+                            ("MASTER_PORT", free.getsockname()[1])):
+            monkeypatch.setenv(name, str(value))
+    use, train, shard = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(use, names := {})
+    assert capsys.readouterr().out.count("ROMEO:\nBut soft, what light") == 1 and names["step"].finish_reasons[0]
+    old = names["model"].lm_head.weight.detach().clone()
+    exec(train, names)
+    loaded, labels, rows = PersimmonForCausalLM.from_pretrained("tuned"), names["labels"], names["ids"]["input_ids"]
+    assert 0 < (loaded.lm_head.weight - old).abs().max() < 1e-4 and is_saved(names["model"], tmp_path / "tuned")
+    for row, expected in zip(rows, labels):  # what a text by itself would be scored for
+        n = len(names["tokenizer"].encode(names["tokenizer"].decode(row)))
+        assert expected.tolist() == [-100] * (len(row) - n + 1) + row[len(row) - n + 1 :].tolist()
+    exec(shard, names)
+    torch.distributed.destroy_process_group()
+    assert is_saved(loaded.bfloat16(), tmp_path / "tuned")  # the shares of all processes, in the dtype of tiny/
+    commands = re.findall(r"^(?:\w+ .*\| |torchrun .*?|)(?:python )?sample.py (.*?)(?: > .*)?$", text, re.MULTILINE)
+    for command in commands:
+        sample_script.parse(shlex.split(command, comments=True))
+    assert len(commands) == 7
 
 
 def test_run_as_a_script(monkeypatch, capsys):
