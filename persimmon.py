@@ -1,8 +1,8 @@
 """Persimmon-8B, Adept's decoder-only language model of 2023, in one file.
 
 To use it in another project, copy the file. Importing it needs torch; loading weights also needs
-safetensors, and Tokenizer needs sentencepiece. Weights are named as in transformers, and logits
-match up to rounding.
+safetensors, saving them numpy, and Tokenizer sentencepiece. Weights are named as in transformers,
+and logits match up to rounding.
 
     model, tokenizer = PersimmonForCausalLM.from_pretrained(folder), Tokenizer(folder)
     output = model.generate(**tokenizer("The theory of relativity states"), max_new_tokens=20)
@@ -11,7 +11,7 @@ match up to rounding.
     Part I    the model, down to sampling and generate. Read from the top; you can stop at its end.
     Part II   around the model: config.json, weights, tokenizer, chat prompt, classifiers.
     Part III  the same model, faster: a. CPUs, b. int8 and int4, c. CUDA, d. several devices. You
-              can delete any of these blocks, from its banner to the next: the rest still runs.
+              can delete any of these sections, from its banner to the next: the rest still runs.
 
 Shapes. Each letter means the same axis everywhere:
 
@@ -185,7 +185,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.attention_dropout
+        self.layer, self.dropout = layer, config.attention_dropout  # layer: its index in the cache
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -210,7 +210,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W2 h + b2, h = relu(W1 x + b1)**2. In the trained 8B, 90% of h is 0; Part III skips it."""
+    """W2 h + b2, h = relu(W1 x + b1)**2. Adept reports that 90% of h is 0 in the 8B."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         attention_mask (B, S), 1 for tokens and 0 for padding on either side, covers cached and new
         positions: if there is padding in `cache`, pass the mask in every call. Outputs at padding
         mean nothing. position_ids, (B, T) or (1, T), are for RoPE alone. By default they count the
-        tokens before each one: a mask 0 0 1 1 1 gives 0 0 0 1 2, at indices 0 to 4 of the cache.
+        tokens before each one: 0 0 0 1 2 for a mask 0 0 1 1 1. transformers' forward has 0 1 2 3 4.
         Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
@@ -328,7 +328,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if x.dim() != 3 or x.shape[2] != self.config.hidden_size:
-            raise ValueError(f"the input has the shape {tuple(x.shape)}, and must have (B, T, C)")
+            raise ValueError(f"the embedded input is {tuple(x.shape)}, and has to be (B, T, C)")
         B, T, _ = x.shape
         if cache is None:
             input_pos, S = torch.arange(T, device=x.device), T
@@ -361,7 +361,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample, self.cache_config = None, sample, config  # Part III has others
+        self.engine, self.sample = None, sample  # Part III replaces them
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -400,7 +400,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: float,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Draw ids (B) from logits (B, V), row b with generators[b]. In this order, as in transformers:
+    """Draw ids (B) from logits (B, V), row b with generators[b]. Options, in transformers' order:
 
     temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
     top_k        keeps the k likeliest tokens; 0 keeps all
@@ -433,8 +433,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total, u in (0, 1]; for u = 0, i would
-    # be 0. In float64, for small weights. Unlike torch.multinomial, this never waits for a GPU.
+    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total. u is in (0, 1], as u = 0 would
+    # pick i = 0 even at weight 0. float64 keeps small weights. (torch.multinomial waits for a GPU.)
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
@@ -461,14 +461,14 @@ class Engine:
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """An empty cache for N positions in each of B rows, by default on the model's device."""
         model = self.model
-        return KVCache(model.cache_config, B, N, model.dtype, device or model.device)
+        return KVCache(model.config, B, N, model.dtype, device or model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) in float32 after the last of ids (B, T); mask is (B, S) or wider."""
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    prefill = decode = next_logits  # the pass over the prompt; later ones, over one token per row
+    prefill = decode = next_logits  # the prompt; then a token per row. Aliases: override both
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
@@ -509,7 +509,7 @@ def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tup
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"the prompt is {tuple(ids.shape)}: it has to be (B, T), with T > 0")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"the prompt has ids from {ids.min()} to {ids.max()}, of {vocab_size}")
+        raise ValueError(f"the prompt has ids from {ids.min()} to {ids.max()}, out of {vocab_size}")
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.bool().to(ids)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(ids.shape)}")
@@ -716,8 +716,7 @@ def load_config(folder: str | Path) -> PersimmonConfig:
                  "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
     for key, value in required.items():
         if values.get(key) not in (None, value):
-            raise ValueError(f"config key {key} = {values[key]!r} is not supported: a Persimmon "
-                             f"checkpoint has {value!r}")
+            raise ValueError(f"config key {key} = {values[key]!r} is not supported, only {value!r}")
     return config
 
 
@@ -914,7 +913,7 @@ def staging(folder: Path) -> Iterator[Path]:
             new.rename(folder / ".complete")  # from here on, the new files count
             settle(folder)
             old = r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json"
-            old += "|tokenizer.json" * ("tokenizer.model" in names)  # of another tokenizer
+            old += "|tokenizer.*json|special_tokens_map.json" * ("tokenizer.model" in names)
             for name in filter(re.compile(old).fullmatch, {*os.listdir(folder)} - names):
                 (folder / name).unlink()
             with suppress(OSError):  # left by a process killed just after it made `folder`
@@ -926,7 +925,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
     """Implements save_pretrained, by `staging`. The tokenizer's files are copied from the folder
-    that the model was loaded from."""
+    that the model was loaded from, unless `folder` has the same tokenizer.model already."""
     dtype = str(model.dtype).removeprefix("torch.")
     config = checked_config(**asdict(model.config) | {"dtype": dtype})
     tensors = [(name, t.dtype, t.shape, [t]) for name, t in model.state_dict().items()]
@@ -936,7 +935,9 @@ def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
         write_safetensors(new / "model.safetensors", tensors)
         write_json(new / "config.json", raw)
         write_json(new / "generation_config.json", ids)
-        for name in TOKENIZER_FILES if not (folder / "tokenizer.model").exists() else ():
+        own, old = ((place or folder) / "tokenizer.model" for place in (model.folder, folder))
+        is_kept = old.is_file() and (not own.is_file() or old.read_bytes() == own.read_bytes())
+        for name in TOKENIZER_FILES if not is_kept else ():
             if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)
 
@@ -986,8 +987,8 @@ class Tokenizer:
         return [self.end_of_text] * add_bos + self.processor.encode(text)
 
     def decode(self, ids: Iterable[int] | Tensor | int, skip_special_tokens: bool = True) -> str:
-        """The text of one list of ids. Invalid UTF-8 becomes U+FFFD, an unknown id U+2047, and
-        `|ENDOFTEXT|` nothing, or with skip_special_tokens = False itself."""
+        """The text of one list of ids. Invalid UTF-8 becomes U+FFFD and an unknown id U+2047;
+        skip_special_tokens leaves out `|ENDOFTEXT|`."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or numpy's array
         end, unk = self.end_of_text, self.processor.unk_id()
         texts: list[list[int]] = [[]]  # the ids between two |ENDOFTEXT|
@@ -1012,7 +1013,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one by one: all that `push` and `finish` return, joined, is the text of all ids.
+    """Decodes ids one by one: what `push` and `finish` return adds up to the text of all the ids.
     Decoding each id alone would break characters of several byte pieces, and lose spaces, as
     SentencePiece drops a leading one. (Hence prompt_ids, whose text is not returned.)"""
 
@@ -1184,7 +1185,8 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """For each weight, what changes with it. `_version` misses changes by .data: hence a sample."""
+    """Values that change when a weight does. `_version` misses changes by .data: hence the sample,
+    which in turn misses changes to a few rows or columns. After those, set model.engine = None."""
     samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
                for w in weights]
     values = torch.stack(samples).tolist() if samples else []  # stacked, to wait for a GPU once
@@ -1193,7 +1195,7 @@ def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def available_memory(device: torch.device) -> float:
-    """Free memory in bytes; of a GPU's half, so that KV caches can grow; infinity if unknown."""
+    """Free memory in bytes; on a GPU half of it, to leave KV caches room; infinity if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) / 2
@@ -1361,17 +1363,17 @@ class CpuEngine(TableEngine):
     """Matrix products and attention by the operators that read memory fastest on this CPU."""
 
     linears: Sequence[nn.Linear] = ()  # those with a large weight
-    proven: float = 0  # the longest cache in which attention was compared; infinity: it differed
+    compared: float = 0  # the longest cache in which attention was compared; infinity: it differed
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A TransposedKVCache in 16 bit, unless the cache is short or SDPA is faster."""
-        config, dtype = self.model.cache_config, self.model.dtype
+        config, dtype = self.model.config, self.model.dtype
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
         if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
             return super().make_cache(B, N)
-        if N > self.proven:
-            self.proven = N if self.is_proven(N, dtype) else math.inf
-        kind = KVCache if self.proven == math.inf else TransposedKVCache
+        if N > self.compared:
+            self.compared = N if self.is_proven(N, dtype) else math.inf
+        kind = KVCache if self.compared == math.inf else TransposedKVCache
         return kind(config, B, N, dtype, "cpu")
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
@@ -1403,7 +1405,7 @@ class CpuEngine(TableEngine):
             fast, plain = (attend(kind, dtype, 1) for kind in (TransposedKVCache, KVCache))
             fast_large = attend(TransposedKVCache, torch.float32, 16)
             # The two heads of keys would hide that several heads of q share one.
-            H, keys = self.model.cache_config.num_attention_heads, super().make_cache(1, 1).keys
+            H, keys = self.model.config.num_attention_heads, super().make_cache(1, 1).keys
             if (keys.shape[2] == H and is_as_exact(fast, plain, exact)
                     and is_as_exact(fast_large, large, large)):
                 return True
@@ -1441,7 +1443,7 @@ ENGINES["cpu"] = CpuEngine
 # === Part III b. int8 and int4 ====================================================================
 #
 # Matrices in 8 or 4 bits take a fraction of the memory, and decode faster, as most of the time goes
-# into reading weights. Every Linear is replaced but a classifier's head. The embedding stays: a
+# into reading weights. Every Linear but a classifier's head is replaced. The embedding stays: a
 # token reads only one row of it. Formats, for O outputs, C inputs and groups of g inputs:
 #
 #   int8  weight int8 (O, C), scale (O): W[o, c] = scale[o] * weight[o, c]
@@ -1490,8 +1492,8 @@ class QuantizedLinear(nn.Module):
         """x (..., C) -> (..., O)"""
         rows, y = x.reshape(-1, self.in_features), None
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if x.is_cuda:  # the copy it wants pays for steps, (B, 1, C), but not beside codes_kernel's
-            has_kernel = has_kernel and len(x) == len(rows) > ("codes" in self.packed)
+        if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
+            has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
         if has_kernel and len(rows) <= self.max_rows:
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
@@ -1752,7 +1754,7 @@ from functools import lru_cache
 
 
 @lru_cache
-def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
+def triton_kernels() -> dict[str, Any] | None:
     """The four kernels, which sum in float32 or in integers; None without Triton 3.5 or newer.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
@@ -1946,7 +1948,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
 
     @triton.jit
     def codes_kernel(x, codes, scale, offset, bias, norm_weight, norm_bias, eps, residual, y, O,
-                     C: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                     C: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                      K: tl.constexpr, SQUARE: tl.constexpr):
         """What linear_kernel does, for one row x (C) and W in codes, as codes_by_output gives them.
         To convert codes to 16 bits takes longer than to read them. So x is made integer, step *
@@ -1954,7 +1956,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
         about as little as bfloat16 would, as |x| <= sqrt(C) rms, and far less than W has lost. In
         the right operand, each group of inputs has a column of high and one of low digits, zero
         elsewhere: so each group gets its own sum, to be scaled. A program makes ROWS outputs; for
-        each it reads N bytes, K at a time, and requests a block three blocks before it is used."""
+        each it reads BYTES, K at a time, and requests a block three blocks before it is used."""
         GROUPS: tl.constexpr = K // GROUP if GROUP < K else 1
         o, k, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K), tl.arange(0, C)
         is_high, group = tl.arange(0, 2 * GROUPS) < GROUPS, tl.arange(0, 2 * GROUPS) % GROUPS
@@ -1969,8 +1971,8 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
         if residual is not None:
             r = tl.load(residual + o).to(tl.float32)
         mean, rstd, step, acc = 0.0, 1.0, 1.0, tl.zeros((ROWS, 2 * GROUPS), tl.float32)
-        codes += o.to(tl.int64)[:, None] * N + k[None, :]
-        for first in tl.range(0, N, K, num_stages=4):
+        codes += o.to(tl.int64)[:, None] * BYTES + k[None, :]
+        for first in tl.range(0, BYTES, K, num_stages=4):
             w = tl.load(codes + first, eviction_policy="evict_first")  # (ROWS, K)
             if first == 0:
                 if norm_weight is not None:
@@ -1982,8 +1984,8 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                 if offset is not None:
                     sums = tl.sum(tl.reshape(row, (C // GROUP, GROUP)), 1)
                     result += tl.sum(z * sums[:, None], 0)
-            for half in tl.static_range(C // N):  # int4: low halves of bytes, high halves
-                n = first + half * N
+            for half in tl.static_range(C // BYTES):  # int4: low halves of bytes, high halves
+                n = first + half * BYTES
                 v = tl.load(x + n + k).to(tl.float32)
                 if norm_weight is not None:
                     v = (v - mean) * rstd * tl.load(norm_weight + n + k)
@@ -1992,7 +1994,7 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
                 digits = tl.where(is_high[:, None], (v >> 7)[None, :], (v & 127)[None, :])
                 if GROUPS > 1:
                     digits = tl.where(group[:, None] == (k // GROUP)[None, :], digits, 0)
-                part = w if C == N else (w & 15 if half == 0 else w & -16)
+                part = w if C == BYTES else (w & 15 if half == 0 else w & -16)
                 sums = tl.dot(part, tl.trans(digits.to(tl.int8)), out_dtype=tl.int32)
                 at = (n // GROUP + group)[None, :] * O + o[:, None]
                 acc += sums.to(tl.float32) * tl.load(scale + at).to(tl.float32)
@@ -2005,7 +2007,8 @@ def triton_kernels() -> tuple[Any, Any, Any, Any] | None:
             result += r
         tl.store(y + o, result.to(y.dtype.element_ty))
 
-    return attention_kernel, linear_kernel, sparse_kernel, codes_kernel
+    return {"attention": attention_kernel, "linear": linear_kernel, "sparse": sparse_kernel,
+            "codes": codes_kernel}
 
 
 class StaticCache(KVCache):
@@ -2039,16 +2042,16 @@ class StaticCache(KVCache):
             self.position.fill_(length)
 
 
-def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                  cache: StaticCache) -> Tensor:
     """What Attention.forward does between its projections: qkv (B, T, 3*C) -> (B, T, C). For T = 1
     this is one kernel. For T > 1, the kernel only does norms, RoPE and the cache, and SDPA attends,
     as it is faster. Raises ValueError for shapes that the kernel would misread."""
     (B, T, _), (_, rows, H, N, D), (cos, sin) = qkv.shape, cache.keys.shape, rope
-    keys, values, S = cache.keys[layer.layer], cache.values[layer.layer], cache.length + T
-    norms = [layer.q_layernorm, layer.k_layernorm]
+    keys, values, S = cache.keys[attn.layer], cache.values[attn.layer], cache.length + T
+    norms = [attn.q_layernorm, attn.k_layernorm]
     weights = [p for norm in norms for p in norm.parameters()] or [None] * 4
-    if not (qkv.shape == (rows, T, 3 * H * D) and (layer.num_heads, layer.head_dim) == (H, D)
+    if not (qkv.shape == (rows, T, 3 * H * D) and (attn.num_heads, attn.head_dim) == (H, D)
             and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
             and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) >= B * H
@@ -2060,7 +2063,7 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
     split_out = qkv.new_empty(B * H, splits, D, dtype=torch.float32)
     split_lse = qkv.new_empty(B * H, splits, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        triton_kernels()[0][B * H, T, max(splits, 1)](
+        triton_kernels()["attention"][B * H, T, max(splits, 1)](
             qkv.contiguous(), *weights, *(getattr(norm, "eps", 0.0) for norm in norms),
             cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, width,
             keys, values, cache.position, out, split_out, split_lse, cache.arrived, T, N, H, D,
@@ -2072,9 +2075,9 @@ def fused_attend(layer: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mas
     return out.reshape(B, T, H * D)
 
 
-def fused_attention(layer: Attention, x: Tensor, *others: Any) -> Tensor:
+def fused_attention(attn: Attention, x: Tensor, *others: Any) -> Tensor:
     """Attention.forward with a cache; `others` are rope, mask and cache."""
-    return layer.dense(fused_attend(layer, layer.query_key_value(x), *others))
+    return attn.dense(fused_attend(attn, attn.query_key_value(x), *others))
 
 
 def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
@@ -2095,7 +2098,7 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
         y = type(linear).forward(linear, x if norm is None else norm(x))
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
-    # Sizes and warps: the fastest on an H200 of many that take 64 KiB at most (int4, g < 128: 85).
+    # The fastest on an H200 of those within 64 KiB of shared memory (int4, g < 128: 85 KiB).
     rows, size, num_warps = 16, 1024, 2
     if codes or O >= 8192:
         is_wide = O >= 8192 and linear.weight.itemsize == 1
@@ -2105,11 +2108,11 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(x):
         if codes:
-            (*weights, group), N = codes, codes[0].shape[1]
-            triton_kernels()[3][O // rows,](x, *weights, *around, residual, y, O, C, N, group, rows,
-                                            min(256, N), square, **options)
+            (*weights, group), n = codes, codes[0].shape[1]  # n bytes per output
+            triton_kernels()["codes"][O // rows,](x, *weights, *around, residual, y, O, C, n, group,
+                                                  rows, min(256, n), square, **options)
         else:
-            triton_kernels()[1][O // rows,](
+            triton_kernels()["linear"][O // rows,](
                 x, linear.weight, getattr(linear, "scale", None), *around, residual, y, B, O, C,
                 rows, min(size // x.itemsize, C & -C), square, **options)
     return y
@@ -2130,7 +2133,7 @@ def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: T
     split_out = x.new_empty(F // inputs, O, dtype=torch.float32)
     scale = table.view(torch.float32)[:, O // 4 :] if is_quantized else None
     with torch.cuda.device_of(x):
-        triton_kernels()[2][O // columns, F // inputs](
+        triton_kernels()["sparse"][O // columns, F // inputs](
             x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, O, stride,
             columns, inputs, 16, F // inputs, num_warps=4, enable_fp_fusion=True)
     return y
@@ -2139,9 +2142,9 @@ def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: T
 def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
                 rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: StaticCache) -> Tensor:
     """Block.forward for a token of each text, x (B, 1, C), B <= 16. For B = 1, five kernels."""
-    layer, mlp, down = block.self_attn, block.mlp, block.mlp.dense_4h_to_h
-    qkv = fused_linear(layer.query_key_value, x, norm=block.input_layernorm)
-    x = fused_linear(layer.dense, fused_attend(layer, qkv, rope, mask, cache), residual=x)
+    attn, mlp, down = block.self_attn, block.mlp, block.mlp.dense_4h_to_h
+    qkv = fused_linear(attn.query_key_value, x, norm=block.input_layernorm)
+    x = fused_linear(attn.dense, fused_attend(attn, qkv, rope, mask, cache), residual=x)
     h = fused_linear(mlp.dense_h_to_4h, x, norm=block.post_attention_layernorm, square=True)
     table = tables.get(down)
     rows = table.rows if table else down.weight if getattr(down, "is_by_input", False) else None
@@ -2151,7 +2154,7 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """What changes if a module, a hook, or the address of a parameter or buffer does."""
+    """A value that changes when a module, a hook, or the address of a parameter or buffer does."""
     return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
              *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
              *[(type(p), p is None or p.data_ptr())
@@ -2169,12 +2172,12 @@ class CudaEngine(TableEngine):
     is_unhooked: bool
     forwards: dict[str, dict[nn.Module, Callable]]  # by way
     # (way, T > 1, B > 1, has mask, number of tables) -> longest cache tried; infinity: it differed
-    proven: dict[tuple[str, bool, bool, bool, int], float]
+    compared: dict[tuple[str, bool, bool, bool, int], float]
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, if there is Triton. If memory is short, the tables make room for it."""
         kind = KVCache if triton_kernels() is None else StaticCache
-        make = partial(kind, self.model.cache_config, B, N, self.model.dtype, self.model.device)
+        make = partial(kind, self.model.config, B, N, self.model.dtype, self.model.device)
         try:
             return make()
         except torch.OutOfMemoryError:
@@ -2205,7 +2208,7 @@ class CudaEngine(TableEngine):
             return {}
         if snapshot(self.modules) != self.state:
             self.modules = list(self.model.modules())
-            self.state, self.proven = snapshot(self.modules), {}
+            self.state, self.compared = snapshot(self.modules), {}
             self.forget_tables(self.modules)
             self.is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
             self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
@@ -2215,10 +2218,10 @@ class CudaEngine(TableEngine):
                 continue
             tables = len(self.tables) if way == "block" and B == 1 else 0
             key = way, T > 1, B > 1, mask is not None, tables
-            if self.proven.get(key, 0) < N:
+            if self.compared.get(key, 0) < N:
                 is_proven = self.is_proven(found, cache, min(T, 17, N), mask is not None)
-                self.proven[key] = N if is_proven else math.inf
-            if self.proven[key] < math.inf:
+                self.compared[key] = N if is_proven else math.inf
+            if self.compared[key] < math.inf:
                 return found
             if way == "block":  # until a module changes, tables are of no use
                 self.forwards[way], self.downs = {}, []
@@ -2227,7 +2230,7 @@ class CudaEngine(TableEngine):
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
         """Whether each block adds to x what it adds plainly, at the last T positions of a cache."""
-        config, (L, B, _, N, _) = self.model.cache_config, cache.keys.shape
+        config, (L, B, _, N, _) = self.model.config, cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
         caches = [kind(replace(config, num_hidden_layers=1), B, N, dtype, device) for kind, dtype in
@@ -2428,8 +2431,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
     model.lm_head, model.sample = ParallelHead(model.lm_head), sample_together
-    model.cache_config = replace(config, num_attention_heads=config.num_attention_heads // n,
-                                 hidden_size=config.hidden_size // n)
+    model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
+                           hidden_size=config.hidden_size // n)  # of caches; model.model's stays
     model.__class__ = ParallelForCausalLM
     return model.requires_grad_(False)  # the sum has no derivative
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument do not wait for it
     from persimmon import KVCache, PersimmonForCausalLM
 
-RANK, PROCESSES = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ROWS = 16  # texts written at once: a pass reads the same weights for all of them
 CHAT_HELP = "/help, /reset forgets, /exit leaves, Ctrl-C interrupts, \\ continues a line"
 SAMPLING = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
@@ -115,7 +115,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def shared(value: Any) -> Any:
-    """What process 0 calls this with, in all processes, which do the same under torchrun."""
+    """The value that process 0 passes. Under torchrun, every process has to call this."""
     box = [value]
     if PROCESSES > 1:
         import torch
@@ -146,6 +146,9 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
     answers = [argparse.Namespace(
         prompt=prompt, text="", ids=[], logprobs=[], finish_reason="blank line" if args.batch and
         not prompt else None, seed=None, figures=None) for prompt in prompts]
+    for answer in answers if args.batch else ():  # one long line does not stop the others
+        if len(args.tokenizer.encode(answer.prompt)) >= model.config.max_position_embeddings:
+            answer.finish_reason = "too long"
     growing = [answer for answer in answers if not answer.finish_reason]
     inputs = args.tokenizer([answer.prompt for answer in growing])  # input_ids and attention_mask
     decoders = [StreamDecoder(args.tokenizer, ids) for ids in inputs["input_ids"].tolist()]
@@ -188,7 +191,7 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
         texts = [json.dumps(vars(a)) if args.json else visible(a, args) for a in answers]
         print(("\n" if args.json else "\n\n---\n\n").join(texts)[len(shown) :], flush=True)
     if growing and not args.quiet:
-        reasons = ", ".join(sorted({answer.finish_reason for answer in growing}))
+        reasons = ", ".join(sorted({answer.finish_reason for answer in answers}))
         print(FIGURES.format(**figures, seed=args.seed, reasons=reasons), file=sys.stderr)
     args.seed += len(growing)
     return answers
@@ -222,13 +225,13 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
     """Talk until /exit or the end of input; the exit code."""
     from persimmon import chat_prompt, engine_for
     limit = min(args.ctx_size or 2**28, model.config.max_position_embeddings)
-    cache = engine_for(model).make_cache(1, limit)
+    cache = engine_for(model).make_cache(1, 1)
     turns, read = [], []  # human, adept, human, ...; the ids that the cache holds
     note = lambda text: RANK or print(f"({text})", file=sys.stderr, flush=True)  # noqa: E731
 
     def answer(line: str) -> None:
         """Let the model answer. Drops the oldest turns if the context has no room for that."""
-        nonlocal turns, read
+        nonlocal turns, read, cache
         for first in range(0, len(turns) + 1, 2):
             prompt = chat_prompt([*turns[first:], line])
             ids = args.tokenizer.encode(prompt)
@@ -238,7 +241,13 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
             raise ValueError(f"that is too long: {len(ids)} tokens, and the context is {limit}")
         if first:
             note(f"the context of {limit} tokens is full: {first // 2} answers are dropped")
-        cache.crop(min(cache.length, len(os.path.commonprefix([read, ids[:-1]]))))
+        known = min(cache.length, len(os.path.commonprefix([read, ids[:-1]])))
+        if (N := min(limit, len(ids) + args.max_new_tokens)) > cache.keys.shape[3]:
+            # Not the whole context at once: an 8B's has 9 GiB, which large pages may take up soon.
+            old, cache = cache, engine_for(model).make_cache(1, min(limit, 2 * N))
+            cache.keys[..., :known, :] = old.keys[..., :known, :]
+            cache.values[..., :known, :] = old.values[..., :known, :]
+        cache.crop(known)
         (new,) = write(model, [prompt], args, cache)
         turns, read = [*turns[first:], line, visible(new, args)], ids + new.ids
 
@@ -274,7 +283,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
 
 
 def random_model(layers: int, density: float, dtype: str, device: str, quantize: str | None = None,
-                 progress: Callable[[float], object] = float) -> PersimmonForCausalLM:
+                 progress: Callable[[float], Any] = lambda done: None) -> PersimmonForCausalLM:
     """An 8B whose layers have the same random weights, and leave `density` of relu(x) nonzero."""
     import torch
     from persimmon import PersimmonConfig, PersimmonForCausalLM, as_dtype, quantize_model
@@ -283,7 +292,7 @@ def random_model(layers: int, density: float, dtype: str, device: str, quantize:
     model.to(as_dtype(dtype.replace("auto", "bfloat16")))
     first, *others = model.model.layers
     for part in model.lm_head, model.model.final_layernorm, first:
-        part.to_empty(device=device).apply(lambda m: getattr(m, "reset_parameters", bool)())
+        part.to_empty(device=device).apply(lambda m: getattr(m, "reset_parameters", lambda: 0)())
     model.model.embed_tokens.weight = model.lm_head.weight
     bias = 3**-0.5 * torch.special.ndtri(torch.tensor(density)).item()  # 3**-0.5: spread of W x
     torch.nn.init.constant_(first.mlp.dense_h_to_4h.bias, bias)
@@ -375,7 +384,7 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
         sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
-    # Large pages fill sooner; waiting threads soon leave others the cores; caches have a bound.
-    os.environ.update({"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000", **dict.fromkeys(
-        ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"), **os.environ})
+    # Waiting threads soon leave others the cores; PyTorch's caches have a bound.
+    os.environ.update({"GOMP_SPINCOUNT": "1000", "LRU_CACHE_CAPACITY": "64",
+                       "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", **os.environ})
     sys.exit(main())

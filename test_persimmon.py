@@ -532,7 +532,7 @@ def use_cuda_engine(monkeypatch) -> Counter:
     calls = Counter()
     without_gpu(monkeypatch)
     monkeypatch.setattr(persimmon, "nonzero_bags", lambda *_: None)  # as off the CPU
-    monkeypatch.setattr(persimmon, "triton_kernels", lambda: (None,) * 4)
+    monkeypatch.setattr(persimmon, "triton_kernels", lambda: {})
     monkeypatch.setattr(persimmon, "fused_attend", lambda *a: calls.update(["fused_attend"]) or plain_attend(*a))
     for name in ("fused_linear", "fused_sparse_linear"):
         monkeypatch.setattr(persimmon, name, lambda *args, _name=name, **options:
@@ -623,7 +623,7 @@ def test_forward_refuses_inputs_that_do_not_fit(small):
     for message, cases in {
         r"attention_mask is \(2, 3\), not \(2, 4\): \(B, S\)": [(ids, zeros(2, 3))],
         "either input_ids or inputs_embeds": [(), (ids, None, None, None, zeros(2, 4, 48))],
-        r"the input has the shape .*, and must have \(B, T, C\)": [
+        r"the embedded input is \(.*\), and has to be \(B, T, C\)": [
             (ids[0],), *((None, None, None, None, zeros(shape)) for shape in ((2, 4, 47), (4, 48)))],
         r"position_ids are \(.*\), not \(B, T\) = \(2, 4\)": [
             (ids, None, zeros(shape)) for shape in ((2, 3), (1, 1), (3, 4))],
@@ -702,7 +702,7 @@ def test_shape_comments(monkeypatch):
             model(ids[:, :5], cache=cache)
             Int4Linear(layer.query_key_value, 32)(torch.zeros(1, 96))
         without_gpu(monkeypatch)  # and with kernels that do nothing
-        monkeypatch.setattr(persimmon, "triton_kernels", lambda: [{(2 * 3, 5, 1): lambda *_, **__: None}] * 2)
+        monkeypatch.setattr(persimmon, "triton_kernels", lambda: {"attention": {(2 * 3, 5, 1): lambda *_, **__: None}})
         rope, cache = rope_tables(torch.arange(5)[None], config, torch.float32), new_cache(config, 2, 24, StaticCache)
         fused_attend(layer, torch.zeros(2, 5, 3 * 96), rope, None, cache)
     finally:
@@ -847,7 +847,7 @@ def test_generate_refuses(small):
             ("top_k", None), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf), ("seed", -1)):
         refuses(f"{name} = {value} is out of range", small.generate, random_ids(CONFIG), **{name: value})
     for message, ids, options in (
-            (r"the prompt is \(1, 0\)", [[]], {}), ("ids from 1 to 97, of 97", [[1, 97]], {}),
+            (r"the prompt is \(1, 0\)", [[]], {}), ("ids from 1 to 97, out of 97", [[1, 97]], {}),
             ("ids from -1", [[-1, 9]], {}), ("the prompt of 160 tokens fills the context of 160", [[9] * 160], {}),
             (r"attention_mask is \(1, 4\)", [[7, 8, 9]], {"attention_mask": torch.ones(1, 4)}),
             ("row 1 of the prompt is all padding", [[7], [8]], {"attention_mask": torch.tensor([[1], [0]])}),
@@ -961,7 +961,7 @@ REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part 
     ("config.json", "is not valid JSON", b"{", b"\xff", b"[" * 10**5),
     ("config.json", "has to hold a JSON object, not a list", b"[]"),
     ("config.json", "too few for config.json's 100000 layers", {"num_hidden_layers": 100000}),
-    ("config.json", "config key .* is not supported: a Persimmon checkpoint has",
+    ("config.json", "config key .* is not supported, only",
      {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
      {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
      {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
@@ -1047,6 +1047,15 @@ def test_save_pretrained(small, tmp_path, monkeypatch):
     before = {file.name: file.read_bytes() for file in new.iterdir()}
     assert before.keys() == {*SAVED, *files, "notes"} and before[TOKENIZER] == b"{}"
     assert is_saved(small, new) and load_config(new).dtype == "bfloat16"
+    # of another model, whose tokenizer has nothing but its model
+    small.folder = tmp_path / "another"
+    small.folder.mkdir(), (small.folder / "tokenizer.model").write_bytes(b"9")
+    (new / "tokenizer.json").touch(), small.save_pretrained(new)
+    assert {*os.listdir(new)} == {*SAVED, "tokenizer.model", "notes"} and (new / "tokenizer.model").read_bytes() == b"9"
+    before = {file.name: file.read_bytes() for file in new.iterdir()}
+    (small.folder / "tokenizer.model").rename(small.folder / "tokenizer.json")  # then what is there stays
+    small.save_pretrained(new)
+    assert {file.name: file.read_bytes() for file in new.iterdir()} == before
     # whole or not at all, and not while another process does it
     with pytest.raises(KeyboardInterrupt), persimmon.staging(new) as unfinished:
         assert new in unfinished.parents  # not beside it: it may be the mount point of a volume
@@ -1057,7 +1066,7 @@ def test_save_pretrained(small, tmp_path, monkeypatch):
         refuses("^$", small.save_pretrained, target, error=KeyboardInterrupt)
     refuses("dtype = 'float64' is none of", copy.deepcopy(small).double().save_pretrained, new)
     assert {file.name: file.read_bytes() for file in new.iterdir()} == before
-    assert {*os.listdir(tmp_path)} == {"deep", "link"} and os.listdir(new.parent) == ["new"]
+    assert {*os.listdir(tmp_path)} == {"another", "deep", "link"} and os.listdir(new.parent) == ["new"]
 
 
 def test_dtype_and_quantized_folders(folders, tmp_path):
@@ -1457,7 +1466,7 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
         for N, proven in ((2047, 0), (2049, 2049), (2048, 2049), (2050, 2050)):  # for a longer one, it is proven anew
             cache = engine.make_cache(3, N)
             assert type(cache) is (TransposedKVCache if fits and proven else KVCache)
-            assert engine.proven == fits * proven and cache.keys.dtype == dtype and cache.keys.shape[3] >= N
+            assert engine.compared == fits * proven and cache.keys.dtype == dtype and cache.keys.shape[3] >= N
     assert torch.equal(torch.get_rng_state(), state)  # the proof has random numbers of its own
 
 
@@ -1920,7 +1929,7 @@ def test_cuda_engine(models, monkeypatch):
         model.engine.decode(ids[:, :1], None, cache)
         cache.keys, cache.values = cache.keys[:, :1], cache.values[:, :1]
         assert len(model.engine.decode(ids[:1, :1], None, cache)) == 1
-    proven, both = model.engine.proven, (False, True)
+    proven, both = model.engine.compared, (False, True)
     assert proven == dict.fromkeys([("attention", False, True, False, 0), *(
         ("attention" if is_long else "block", is_long, *rest, 0)
         for is_long, *rest in itertools.product(both, both, both))], 16)
@@ -1946,8 +1955,8 @@ def test_cuda_engine_skips_zeros(monkeypatch):
             text_as_plain(model, ids[: abs(rows)])
             assert calls["fused_sparse_linear"] == 2 * 2 * (rows < 2)  # for two layers
             assert len(model.engine.tables) == (tables := tables * (kind is None))
-        assert ("block", False, False, False, tables) in model.engine.proven
-        assert {key[4] for key in model.engine.proven if key[2]} == {0}  # several texts are proven once
+        assert ("block", False, False, False, tables) in model.engine.compared
+        assert {key[4] for key in model.engine.compared if key[2]} == {0}  # several texts are proven once
     engine, ids = model.engine, ids[:1]
     cache = engine.make_cache(1, 40)  # used again, with other tables, other memory and other masks
     for n, mask in enumerate((*[None] * 4, *(torch.arange(9) >= torch.tensor([[[5]], [[2]]])).long())):
@@ -2234,7 +2243,7 @@ def test_nothing_refers_upward():
     parts = split_source()
     assert not upward_uses(parts)
     cases = [("I", "x: QuantizedLinear"), ("I", "lambda cache: cache.is_capturing"), ("I", "lambda: load_config"),
-             ("I", "lambda: getattr(torch, 'cpu_has')"), ("II", "lambda: globals"), ("b", "lambda x: x.proven")]
+             ("I", "lambda: getattr(torch, 'cpu_has')"), ("II", "lambda: globals"), ("b", "lambda x: x.compared")]
     cases += [(part, name) for part in PARTS for block, name in BLOCKS.items() if block != part]
     for part, line in cases:
         parts[part].append(line + "\n")
@@ -2242,7 +2251,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2437), ("sample.py", 381), ("convert.py", 479)):
+    for name, limit in (("persimmon.py", 2440), ("sample.py", 390), ("convert.py", 479)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -2391,8 +2400,8 @@ def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
     ids = random_ids(model.config, 2, 24 if "window" in name else 7).to(DEVICE)
     count, engine = check_engine(model, ids[:1], torch.float32, room=60)
     assert count == ("block" in aside) + ("attention" in aside) + ("prefill" in aside)
-    assert (engine.proven["block", False, False, False, 0] < math.inf) == ("block" not in aside)
-    assert (engine.proven["attention", True, False, False, 0] < math.inf) == ("prefill" not in aside)
+    assert (engine.compared["block", False, False, False, 0] < math.inf) == ("block" not in aside)
+    assert (engine.compared["attention", True, False, False, 0] < math.inf) == ("prefill" not in aside)
     if ALL:
         check_engine(model, ids[:1], torch.bfloat16, room=60)
     if ALL or "padding" in name:  # which is proven anew
@@ -2457,7 +2466,7 @@ def test_a_step_is_replayed_on_cuda(tmp_path, monkeypatch):
     check(model, torch.cat((text, ids[1:, 2:5]), 1), cache=cache)  # which the branch has not touched
     cache.crop(4)
     check(model, torch.cat((text[:, :6], ids[1:, :2]), 1), cache=cache)
-    assert cache.length == int(cache.position) and model.engine.proven["block", False, False, False, 0] == 60
+    assert cache.length == int(cache.position) and model.engine.compared["block", False, False, False, 0] == 60
 
 
 # --- ordinary parameters, large matrices -----------------------------------------------------------------------------
@@ -2627,6 +2636,10 @@ def test_batch_and_json(cli, tiny):
             assert (answer["prompt"] + answer["text"], answer["ids"]) == (text, ids)
             assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-4)
     assert cli("--batch", "-", "--json", stdin=b"\n \n")[2] == ""  # no figures of nothing
+    long = tiny[1].decode(tiny[1].encode("word " * 150)[:150])  # which fills the context
+    code, out, error = cli("--batch", "-", "--json", "--temp=0", "-n3", stdin=f"To be\n{long}\nTo be".encode())
+    first, long, last = (json.loads(line) for line in out.splitlines())
+    assert (long["finish_reason"], first["ids"]) == ("too long", last["ids"]) and "by length, too long" in error
     run = partial(cli, "-n3", "--batch=-", "--num-samples=9", "--seed=5", stdin=b"JULIET:\n\nTo be")
     answers = [json.loads(line) for line in run("--json")[1].splitlines()]
     assert [answer["seed"] for answer in answers] == [*range(5, 14), *[None] * 9, *range(14, 23)]
@@ -2698,9 +2711,11 @@ def test_as_programs(tmp_path):
         assert result.returncode == status and re.fullmatch(error, result.stderr.decode()), words
 
 
-def test_chat_reads_what_is_new_and_answers_as_a_fresh_run(cli, tiny):
+def test_chat_reads_what_is_new_and_answers_as_a_fresh_run(cli, tiny, monkeypatch):
+    """Also where its cache, whose memory holds NaN, has to grow: in the second turn."""
+    monkeypatch.setattr(CpuEngine, "make_cache", lambda self, rows, N, _=None: new_cache(self.model.config, rows, N))
     out, turns, reads, known, greedy = "", [], [], [], tiny[2]
-    questions = ["Who are you, that speak to the king?", "What is\nyour name?", "Where is Juliet?"]
+    questions = ["Who are you, that speak to the king?", "What is\nyour name" + ", my lord" * 9, "Where is Juliet?"]
     lines = "{}\n{}\n\n /reset \n{}\n/exit\nnot read".format(*(line.replace("\n", "\\\n") for line in questions))
     found = cli("--chat", *GREEDY[:2], "-n", "20", stdin=lines.encode())
     for question in questions:
@@ -2710,7 +2725,7 @@ def test_chat_reads_what_is_new_and_answers_as_a_fresh_run(cli, tiny):
         out, ids = out + turns[-1] + "\n", tiny[1].encode(prompt)
         reads.append(str(len(ids) - len(os.path.commonprefix([known, ids]))))
         known = ids + new
-    assert found[:2] == (0, out) and "(forgotten)" in found[2] and int(reads[1]) < 25
+    assert found[:2] == (0, out) and "(forgotten)" in found[2] and int(reads[1]) < 60
     assert re.findall(r"read (\d+) tokens", found[2]) == reads
 
 
