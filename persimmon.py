@@ -2346,34 +2346,18 @@ from datetime import timedelta
 import torch.distributed as dist
 
 
-def summed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `forward` that returns the sum of all processes' results."""
-    def total(*args: Any) -> Tensor:
-        y = forward(*args).clone()
-        dist.all_reduce(y)
-        return y
-    return total
+def summed(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    """A forward hook that returns the sum of all processes' results."""
+    y = y.clone()
+    dist.all_reduce(y)
+    return y
 
 
-class ParallelAttention(Attention):
-    """Attention by this process's heads, summed over all processes."""
-    forward = summed(Attention.forward)
-
-
-class ParallelMLP(MLP):
-    """An MLP with this process's activations, summed over all processes."""
-    forward = summed(MLP.forward)
-
-
-class ParallelHead(nn.Sequential):
-    """lm_head; each process has some of its rows, and gets the logits of all."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, V)"""
-        own = super().forward(x).contiguous()  # (B, T, V/n)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own)
-        return torch.cat(parts, dim=-1)
+def gathered(module: nn.Module, args: Any, own: Tensor) -> Tensor:
+    """A forward hook that returns the logits (B, T, V) of all processes' rows of lm_head."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.contiguous())
+    return torch.cat(parts, dim=-1)
 
 
 def sample_together(*args: Any) -> Tensor:
@@ -2412,7 +2396,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         linears += [(layer.query_key_value, 0), (layer.dense, 1),  # 0 cuts outputs, 1 cuts inputs
                     (mlp.dense_h_to_4h, 0), (mlp.dense_4h_to_h, 1)]
         layer.num_heads //= n  # the rows of query_key_value are ordered by head
-        layer.__class__, mlp.__class__ = ParallelAttention, ParallelMLP
+        for module in layer, mlp:
+            module.register_forward_hook(summed, prepend=True)
     for linear, dim in [*linears, (model.lm_head, 0)]:
         side = ("out_features", "in_features")[dim]
         axes = getattr(linear, "axes", ({"weight": 0}, {"weight": 1}))[dim]
@@ -2430,7 +2415,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
-    model.lm_head, model.sample = ParallelHead(model.lm_head), sample_together
+    model.lm_head, model.sample = nn.Sequential(model.lm_head), sample_together
+    model.lm_head.register_forward_hook(gathered)  # engines leave a Linear with hooks as it is
     model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
                            hidden_size=config.hidden_size // n)  # of caches; model.model's stays
     model.__class__ = ParallelForCausalLM

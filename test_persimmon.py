@@ -2211,7 +2211,7 @@ def edited(folder: Path, *replacements: tuple[str, str], source: str = SOURCE) -
 
 
 # --- structure -------------------------------------------------------------------------------------------------------
-BLOCKS = {"a": "CpuEngine", "b": "Int8Linear", "c": "CudaEngine", "d": "ParallelMLP"}  # of Part III, a class of each
+BLOCKS = {"a": "CpuEngine", "b": "Int8Linear", "c": "CudaEngine", "d": "ParallelForCausalLM"}  # a class of each
 PARTS = ("I", "II", "III", *BLOCKS)
 
 
