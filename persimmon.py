@@ -600,7 +600,6 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
 # === Part II. Around the model ====================================================================
 
-import codecs
 import json
 import os
 import re
@@ -1027,11 +1026,8 @@ class StreamDecoder:
     def push(self, token: int | Tensor) -> str:
         """The text that `token` completes: often a word, sometimes nothing."""
         self.pending.append(int(token))
-        processor, tail = self.tokenizer.processor, b""  # an incomplete character has 1 to 3 bytes
-        for i in [i for i in self.pending if i != self.tokenizer.end_of_text][-3:]:
-            is_byte = 0 <= i < len(self.tokenizer) and processor.is_byte(i)  # a piece like <0xE2>
-            tail = tail + bytes.fromhex(processor.id_to_piece(i)[3:5]) if is_byte else b""
-        is_cut = codecs.utf_8_decode(tail, "replace", False)[1] < len(tail)  # more bytes must come
+        # A character of several byte pieces is U+FFFD as long as its last bytes are missing.
+        is_cut = self.tokenizer.decode(self.pending).endswith("\ufffd")
         return "" if is_cut else self.finish()
 
     def finish(self) -> str:
