@@ -78,9 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             left = ", ".join(names.split()[: 1 if names.startswith("--") else 2])
             help_text += f"  {f'{left} {placeholder}':26}{about}\n"
     args, unknown = parser.parse_known_args(argv)
-    for name in [word.split("=")[0] for word in unknown]:
-        raise ValueError(f"there is no option {name}: "
-                         f"{'use --plain' if name == '--dense' else 'see --help'}")
+    if unknown:
+        raise ValueError(f"there is no option {unknown[0].split('=')[0]}: see --help")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
         raise ValueError("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.num_samples > 1 or args.random):

@@ -2654,7 +2654,7 @@ def test_batch_and_json(cli, tiny):
     ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"), ("a b", "no option b"),
     ("--chat --json", "none of"), ("--chat --num-samples 2", "none of"), ("--chat --random 8b", "none of"),
     ("--random 7b", "is no shape"), ("--random 8b:x", "is no shape"), ("--dtype int8 --random 8b:1", "int8 is not"),
-    ("-f /nowhere", "No such file"), ("-f /dev/null --no-bos", "is (1, 0)"), ("--dense=4", "--dense: use --plain"),
+    ("-f /nowhere", "No such file"), ("-f /dev/null --no-bos", "is (1, 0)"), ("--what=4", "no option --what: see"),
     ("-m LICENSE", "run `python convert.py LICENSE LICENSE-safetensors` and `python sample.py -m LICENSE-safetensors`"),
     ("-m adept/8b", "run `hf download adept/8b --local-dir adept/8b`, `python convert.py adept/8b 8b-safetensors` and"),
     ("-", "the prompt is not UTF-8: invalid start byte at byte 1"), ("a" * 9000, "fills the context of 1024"),
