@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import math
 import os
 import pickletools
@@ -394,10 +395,11 @@ def write_folder(folder: Path, model: nn.Module, weights: dict[str, Weight],
     """Write everything, one piece of a tensor after the other, and read it back."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    tokenizer, dtype = persimmon.Tokenizer(folder), str(model.dtype).removeprefix("torch.")
-    config, end = replace(model.config, dtype=dtype), tokenizer.end_of_text
-    if config.eos_token_id is None:  # Adept's args don't have it
-        config = replace(config, bos_token_id=end, eos_token_id=end)
+    tokenizer = persimmon.Tokenizer(folder)
+    end = tokenizer.end_of_text
+    if model.config.eos_token_id is None:  # Adept's args don't have it
+        model.config = replace(model.config, bos_token_id=end, eos_token_id=end)
+    persimmon.write_config(folder, model)
     writing = Progress("writing", sum(tensor.nbytes for tensor in model.state_dict().values()))
     file = folder / "model.safetensors"
     persimmon.write_safetensors(file, [
@@ -407,15 +409,11 @@ def write_folder(folder: Path, model: nn.Module, weights: dict[str, Weight],
     list(checking.read(file))
     if checking.checksum != writing.checksum:
         raise ValueError(f"{file} reads back differently than written: is the disk sound?")
-    persimmon.write_json(folder / "config.json", {
-        "architectures": [type(model).__name__], **persimmon.config_to_dict(config)})
-    persimmon.write_json(folder / "generation_config.json", {
-        "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
     if "tokenizer_config.json" not in files:
-        persimmon.write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "eos_token": None,
-            "bos_token": tokenizer.processor.id_to_piece(end), "add_bos_token": True,
-            "model_max_length": config.max_position_embeddings, "add_eos_token": False})
+        content = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "eos_token": None,
+                   "bos_token": tokenizer.processor.id_to_piece(end), "add_bos_token": True,
+                   "model_max_length": model.config.max_position_embeddings, "add_eos_token": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_output(args: argparse.Namespace) -> Path:
