@@ -242,7 +242,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
             note(f"the context of {limit} tokens is full: {first // 2} answers are dropped")
         known = min(cache.length, len(os.path.commonprefix([read, ids[:-1]])))
         if (N := min(limit, len(ids) + args.max_new_tokens)) > cache.keys.shape[3]:
-            # Not the whole context at once: an 8B's has 9 GiB, which large pages may take up soon.
+            # Not all at once: in large pages, an 8B's 9 GiB would be filled with the first token.
             old, cache = cache, engine_for(model).make_cache(1, min(limit, 2 * N))
             cache.keys[..., :known, :] = old.keys[..., :known, :]
             cache.values[..., :known, :] = old.values[..., :known, :]
@@ -383,7 +383,7 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
         sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
-    # Waiting threads soon leave others the cores; PyTorch's caches have a bound.
-    os.environ.update({"GOMP_SPINCOUNT": "1000", "LRU_CACHE_CAPACITY": "64",
-                       "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", **os.environ})
+    # Large pages fill sooner; waiting threads soon leave others the cores; caches have a bound.
+    os.environ.update({"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000", **dict.fromkeys(
+        ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"), **os.environ})
     sys.exit(main())
