@@ -654,6 +654,8 @@ def checked_config(**values: Any) -> PersimmonConfig:
     """PersimmonConfig(**values); ValueError if a value's type is wrong or no model can have it."""
     config = PersimmonConfig(**values)
     for name, value in vars(config).items():
+        if name not in CONFIG_FIELDS:
+            raise ValueError(f"PersimmonConfig has {name}, and CONFIG_FIELDS does not")
         (types, allowed), key = CONFIG_FIELDS[name], f"config key {name} = {value!r}"
         kind = None if value is None else type(value)  # isinstance would take True for an int
         if kind not in types:
