@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Hyperparameters, named as in config.json. The defaults are those of Persimmon-8B."""
+    """Hyperparameters, as in config.json. Defaults: Persimmon-8B's. CONFIG_FIELDS lists all too."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -74,7 +74,7 @@ class PersimmonConfig:
     id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
     problem_type: str | None = None  # of sequence classification; None: see classification_loss
     classifier_dropout: float | None = None  # of token classification; None: hidden_dropout
-    quantization: dict[str, Any] | None = None  # see quantize_model; None: not quantized
+    quantization: dict[str, Any] | None = None  # of a quantized folder or model; see quantize_model
 
     @property
     def head_dim(self) -> int:
@@ -115,10 +115,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
-    The new positions follow the cached ones: input_pos (T) is S - T ... S - 1. None means plain
-    causal attention: a position sees itself and all before it. For another pattern, like a sliding
-    window, always return a bool mask. Its columns are cache indices, which count padding too. There
-    are three cases, and without padding only the last one needs a mask:
+    The new positions have the cache indices input_pos (T). None means plain causal attention: a
+    position sees itself and all before it. For another pattern, like a sliding window, always
+    return a bool mask, made from input_pos: in Part III, S can be larger than its last index + 1.
+    Columns count padding too. Of three cases, without padding only the last one needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -147,8 +147,8 @@ class KVCache:
     """Keys (after RoPE) and values of all positions so far, so that a pass computes only new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
-    the 8B in 16 bit. Only the first `length` positions count; the others may hold anything. Use a
-    cache under torch.no_grad(): in-place writes break the backward pass.
+    the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(), since
+    in-place writes break backward. In 16 bit, a pass over T tokens rounds unlike T passes over one.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -174,7 +174,7 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`. A pass raises it when it ends; lower it to forget what comes after."""
+        """Forget the positions from `length` on. Only a pass may raise it: it has stored them."""
         self.length = length
 
 
@@ -274,12 +274,6 @@ class PersimmonPreTrainedModel(nn.Module):
             if isinstance(m, nn.Embedding) and m.padding_idx is not None:
                 nn.init.zeros_(m.weight[m.padding_idx])
 
-    def post_init(self, part: nn.Module) -> None:
-        """Initial weights for `part`; then quantize the model, if its config asks for that."""
-        self.init_weights(part)
-        if (asked := self.config.quantization) is not None:
-            QUANTIZERS[asked["quantize"]](self, asked["group_size"])
-
     def gradient_checkpointing_enable(self) -> None:
         """Save memory: recompute blocks in backward (arXiv 1604.06174). Undo: del block.forward."""
         for block in self.modules():
@@ -303,13 +297,13 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # nn.Embedding() would call normal_: see init_weights. Row padding_idx gets no gradient.
+        # nn.Embedding() would call normal_, slow on meta. Row padding_idx gets no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.post_init(self)
+        self.init_weights()
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -359,9 +353,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         super().__init__(config)
         self.model = PersimmonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init(self.lm_head)
+        self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample = None, sample  # Part III replaces them
+        self.engine, self.sample = None, sample  # to be replaced here, not by a subclass's method
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -370,7 +364,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
         labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        Padding and the first token after it get -100: no label. The rest: PersimmonModel.forward.
+        Put -100, no label, at padding and the first token after it. Rest: PersimmonModel.forward.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -412,29 +406,23 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # (B, V), at most 0
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)  # (B, V)
     if top_k > 0 or top_p < 1:
-        total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
-        if logits.device.type == "cpu" and logits.shape[1] > 1024:
-            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. If
-            # others equal the smallest of these, topk has dropped some: only larger ones are sure.
-            top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
-            top = logits.gather(1, top_ids)
-            is_sure = top > top.amin(-1, keepdim=True)
-            mass = (top.exp() * is_sure).sum(-1) / total[:, 0]
-            if (is_sure.sum(-1) >= top_k if top_k > 0 else mass >= top_p).all():
-                logits, ids = top, top_ids
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)
-        ids = ids.gather(1, order)
+        if logits.device.type == "cpu":
+            # A row of integers sorts ten times faster. Floats >= 0 have the order of their bits.
+            bits = (0 - logits).view(torch.int32)  # (B, V)
+            ids = torch.stack([row.sort(stable=True).indices for row in bits])  # (B, V)
+        else:
+            ids = logits.argsort(dim=-1, descending=True, stable=True)
+        logits = logits.gather(1, ids)  # the likeliest first, and equals in the order of ids
         if top_k > 0:
             logits[:, top_k:] = -math.inf
-            total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if top_p < 1:
-            p = logits.exp() / total
+            p = logits.softmax(-1)  # (B, V)
             is_outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already reach it
             logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
     # Inverse-CDF sampling: the first i with cumsum[i] >= u * total. u is in (0, 1], as u = 0 would
-    # pick i = 0 even at weight 0. float64 keeps small weights. (torch.multinomial waits for a GPU.)
+    # pick i = 0 even at weight 0. float64 keeps small weights. (torch.multinomial syncs the GPU.)
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
@@ -459,7 +447,7 @@ class Engine:
         self.model = model
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
-        """An empty cache for N positions in each of B rows, by default on the model's device."""
+        """An empty cache for B rows of N positions or more, by default on the model's device."""
         model = self.model
         return KVCache(model.config, B, N, model.dtype, device or model.device)
 
@@ -468,7 +456,7 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    prefill = decode = next_logits  # the prompt; then a token per row. Aliases: override both
+    prefill = decode = next_logits  # for the prompt; for one token per row. Override each of them
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
@@ -479,9 +467,7 @@ class Engine:
             yield tokens.tolist(), logprobs.tolist()
 
 
-# Part III's blocks register themselves: engines by device, quantizers by name.
-ENGINES: dict[str, type[Engine]] = {}
-QUANTIZERS: dict[str, Callable[..., Any]] = {}  # f(model, group_size, progress=None)
+ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselves
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
@@ -561,7 +547,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(s) for s in range(seed, seed + B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding marks the last id
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding: the last id again
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
@@ -586,7 +572,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
-                tokens[b], logprobs[b] = pad, 0.0  # the model goes on with what it has sampled
+                tokens[b], logprobs[b] = pad, 0.0  # not what the model goes on with: its sample
             elif token in stop_ids:
                 reasons[b] = "stop"
             elif step == max_new_tokens:
@@ -740,6 +726,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json")
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
                       torch.uint8: "U8", torch.int8: "I8"}  # the integers: quantized matrices
+QUANTIZERS: dict[str, Callable[..., Any]] = {}  # Part III's: f(model, group_size, progress=None)
 
 
 def unreadable(file: Path, kind: str, reason: object = "") -> ValueError:
@@ -804,6 +791,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         raise ValueError(f"{folder} has {len(files)} tensors: too few for config.json's {L} layers")
     with torch.device("meta"):  # without memory: the tensors of the file become the weights
         model = cls(config)
+        if stored_kind is not None:
+            QUANTIZERS[stored_kind](model, config.quantization["group_size"])
 
     # The files have to hold exactly the model's tensors, with two exceptions: a bare model's names
     # may lack `model.`, so compare all names without it; and the folder's model may have another
@@ -2223,7 +2212,8 @@ class CudaEngine(TableEngine):
         return {}
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
-        """Whether each block adds to x what it adds plainly, at the last T positions of a cache."""
+        """Whether each block adds to x what it adds plainly, for T positions at a cache's end.
+        A step, T = 1, has the mask of a captured pass, of which S is N."""
         config, (L, B, _, N, _) = self.model.config, cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
@@ -2233,17 +2223,19 @@ class CudaEngine(TableEngine):
             content = getattr(caches[0], name).normal_(generator=random).clone()
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
-                one.crop(N - T)
+                one.crop(max(0, N - T - 1))  # where S is not N in any other pass
         x = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
         padding[-1:, : N // 3] = 0
-        input_pos, _ = caches[1].positions(B, T)
-        mask = causal_mask(input_pos, N, padding if has_mask else None)
+        input_pos, S = caches[1].positions(B, T)
+        caches[0].is_capturing = T == 1
+        fast_mask, mask = (causal_mask(input_pos, s, padding[:, :s] if has_mask else None)
+                           for s in (N if T == 1 else S, S))
         rope, exact_rope = (rope_tables(input_pos[None], config, t) for t in (dtype, torch.float32))
         try:
             for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
                 with replaced_forward({m: forwards[m] for m in block.modules() if m in forwards}):
-                    fast = block(x, rope, mask, caches[0]) - x
+                    fast = block(x, rope, fast_mask, caches[0]) - x
                 plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
                 exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
                 if not is_as_exact(fast, plain, exact):
