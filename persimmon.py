@@ -160,7 +160,8 @@ class KVCache:
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
         """The cache indices (T) of T new tokens, and S. ValueError if the tokens do not fit."""
-        (_, rows, _, N, _), S = self.keys.shape, self.length + T
+        _, rows, _, N, _ = self.keys.shape
+        S = self.length + T
         if B != rows or S > N:
             raise ValueError(f"the cache is for {rows} rows of {N} positions, not {B} of {S}")
         return torch.arange(self.length, S, device=self.keys.device), S
@@ -185,7 +186,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.attention_dropout  # layer: its index in the cache
+        self.layer = layer  # its index in the cache
+        self.dropout = config.attention_dropout
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -528,11 +530,13 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     seed = torch.Generator().seed() % 2**62 if seed is None else seed  # in check_options' range
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                   min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
-    config, eos, pad = model.config, model.config.eos_token_id, model.config.pad_token_id
+    config, context = model.config, model.config.max_position_embeddings
     device = model.device if model.device.type != "meta" else input_ids.device  # offloaded weights
     ids, mask = pad_left(input_ids.to(device, torch.long), attention_mask, config.vocab_size)
-    (B, T), lengths, context = ids.shape, mask.sum(1).tolist(), config.max_position_embeddings
-    steps, is_padded = min(max_new_tokens, context - min(lengths)), min(lengths) < T
+    B, T = ids.shape
+    lengths = mask.sum(1).tolist()  # of the prompts, without padding
+    is_padded = min(lengths) < T
+    steps = min(max_new_tokens, context - min(lengths))
     N = T + steps - 1 if cache is None else cache.keys.shape[3]  # the last token is not stored
     steps = min(steps, N + 1 - T)
     if max(lengths) >= context or steps < 1:
@@ -542,9 +546,12 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         cache = engine_for(model).make_cache(B, N, device)
     elif cache.length >= T or (is_padded and cache.length > 0):
         raise ValueError(f"a cache of {cache.length} needs a longer, unpadded prompt: not {T}")
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    eos, pad = config.eos_token_id, config.pad_token_id
+    if eos is None or isinstance(eos, int):
+        eos = [] if eos is None else [eos]
     stop_ids = set(eos if stop_ids is None else map(int, stop_ids))
-    pad = pad if pad is not None else eos[0] if eos else 0
+    if pad is None:
+        pad = eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(s) for s in range(seed, seed + B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
     seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding: the last id again
@@ -558,8 +565,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             engine = engine_for(model)  # the caller may change the model between steps
             next_logits = engine.prefill if step == 1 else engine.decode
             logits = next_logits(new, mask, cache)  # (B, V)
-            penalized, r = logits, repetition_penalty  # Keskar et al., arXiv 1909.05858
-            if r != 1:
+            penalized = logits
+            if (r := repetition_penalty) != 1:  # Keskar et al., arXiv 1909.05858
                 penalized = torch.where(logits > 0, logits / r, logits * r)  # (B, V)
                 penalized = torch.where(seen, penalized, logits)  # (B, V)
             new = model.sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]
