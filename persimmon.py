@@ -913,7 +913,7 @@ def staging(folder: Path) -> Iterator[Path]:
             new.rename(folder / ".complete")  # from here on, the new files count
             settle(folder)
             old = r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json"
-            old += "|tokenizer.*json|special_tokens_map.json" * ("tokenizer.model" in names)
+            old += "|".join(("", *TOKENIZER_FILES)) * ("tokenizer.model" in names)
             for name in filter(re.compile(old).fullmatch, {*os.listdir(folder)} - names):
                 (folder / name).unlink()
             with suppress(OSError):  # left by a process killed just after it made `folder`
@@ -1023,7 +1023,7 @@ class StreamDecoder:
         """The text that `token` completes: often a word, sometimes nothing."""
         self.pending.append(int(token))
         # A character of several byte pieces is U+FFFD as long as its last bytes are missing.
-        is_cut = self.tokenizer.decode(self.pending).endswith("\ufffd")
+        is_cut = self.tokenizer.decode(self.pending[-8:]).endswith("\ufffd")
         return "" if is_cut else self.finish()
 
     def finish(self) -> str:
@@ -1716,10 +1716,9 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
         except ValueError as error:
             raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
         done += size
-    config = replace(model.config, quantization=quantization)
     for part in model.modules():
-        if isinstance(part, PersimmonPreTrainedModel):
-            part.config = config
+        if isinstance(part, PersimmonPreTrainedModel):  # after parallelize, each has its own config
+            part.config = replace(part.config, quantization=quantization)
     return model
 
 

@@ -189,8 +189,8 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
     if args.json or is_shown:
         texts = [json.dumps(vars(a)) if args.json else visible(a, args) for a in answers]
         print(("\n" if args.json else "\n\n---\n\n").join(texts)[len(shown) :], flush=True)
-    if growing and not args.quiet:
-        reasons = ", ".join(sorted({answer.finish_reason for answer in answers}))
+    reasons = ", ".join(sorted({answer.finish_reason for answer in answers} - {"blank line"}))
+    if reasons and not args.quiet:
         print(FIGURES.format(**figures, seed=args.seed, reasons=reasons), file=sys.stderr)
     args.seed += len(growing)
     return answers
@@ -246,6 +246,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
             old, cache = cache, engine_for(model).make_cache(1, min(limit, 2 * N))
             cache.keys[..., :known, :] = old.keys[..., :known, :]
             cache.values[..., :known, :] = old.values[..., :known, :]
+            del old  # before the answer, not after it
         cache.crop(known)
         (new,) = write(model, [prompt], args, cache)
         turns, read = [*turns[first:], line, visible(new, args)], ids + new.ids
