@@ -389,6 +389,11 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         steps = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
         return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
 
+    def train(self, mode: bool = True) -> PersimmonForCausalLM:
+        """As in nn.Module. Training drops the engine: its copies of weights will be old."""
+        self.engine = None if mode else self.engine
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, without the engine, which belongs to this model alone."""
         return {**self.__dict__, "engine": None}

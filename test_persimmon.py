@@ -752,6 +752,8 @@ def test_engine_for(small, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert type(engine_for(small)) is Engine
     assert type(engine_for(small.train())) is Engine and type(engine_for(small.eval())) is CudaEngine
+    assert small.train().engine is None  # it has copies of weights, and a fused optimizer raises no _version
+    small.eval()
     engine, small.fast = weakref.ref(engine_for(small)), False
     assert type(engine_for(small)) is Engine and engine() is None
 
@@ -2279,7 +2281,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2416), ("sample.py", 390), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2421), ("sample.py", 390), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
