@@ -889,8 +889,9 @@ def settle(folder: Path) -> None:
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """Yields an empty folder. When the block ends, its files move to `folder`: all, or after an
-    error none. A new `folder` appears complete; in an old one, they replace files of the same name
-    and all other weights. ValueError if another process is saving there; OSError is passed on."""
+    error none. A new `folder` appears complete; in an old one, they replace files of the same name,
+    all other weights, and with a tokenizer.model the rest of another tokenizer. ValueError if
+    another process is saving there; OSError is passed on."""
     folder = Path(os.path.realpath(folder))  # follows a link: a rename can't go to another disk
     exists, beside = folder.exists(), folder.with_name(f"{folder.name}.unfinished")
     scratch = folder / ".unfinished" if exists else beside
@@ -930,7 +931,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
     """Implements save_pretrained, by `staging`. The tokenizer's files are copied from the folder
-    that the model was loaded from, unless `folder` has the same tokenizer.model already."""
+    that the model was loaded from, if `folder` has no tokenizer.model or another than that one."""
     tensors = [(name, t.dtype, t.shape, [t]) for name, t in model.state_dict().items()]
     with staging(folder) as new:
         write_config(new, model)
@@ -1183,7 +1184,7 @@ def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Te
 
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """Values that change when a weight does. `_version` misses changes by .data: hence the sample,
-    which in turn misses changes to a few rows or columns. After those, set model.engine = None."""
+    which in turn misses changes to a few rows or columns (then set model.engine = None)."""
     samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
                for w in weights]
     values = torch.stack(samples).tolist() if samples else []  # stacked, to wait for a GPU once
@@ -1489,7 +1490,7 @@ class QuantizedLinear(nn.Module):
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
             has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
-        if has_kernel and len(rows) <= self.max_rows:
+        if has_kernel and 0 < len(rows) <= self.max_rows:
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
             y = self.small_batch_matmul(rows)
@@ -2373,7 +2374,8 @@ class ParallelForCausalLM(PersimmonForCausalLM):
 def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     """Cut the model down to this process's share, in place; it then has no gradients. Before that,
     keep weights on the CPU, mapped from the file: then only the share is ever in memory. ValueError
-    if sizes are no multiples of n; discard the model then, as it may be half cut."""
+    if sizes are no multiples of n; discard the model then, as it may be half cut. model.config
+    has the share's sizes afterwards, model.model.config the whole ones."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=20))  # others wait while you type
@@ -2413,7 +2415,7 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     model.lm_head, model.sample = nn.Sequential(model.lm_head), sample_together
     model.lm_head.register_forward_hook(gathered)  # engines leave a Linear with hooks as it is
     model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
-                           hidden_size=config.hidden_size // n)  # of caches; model.model's stays
+                           hidden_size=config.hidden_size // n)  # for the cache
     model.__class__ = ParallelForCausalLM
     return model.requires_grad_(False)  # the sum has no derivative
 

@@ -243,10 +243,10 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
         known = min(cache.length, len(os.path.commonprefix([read, ids[:-1]])))
         if (N := min(limit, len(ids) + args.max_new_tokens)) > cache.keys.shape[3]:
             # Not all at once: in large pages, an 8B's 9 GiB would be filled with the first token.
-            old, cache = cache, engine_for(model).make_cache(1, min(limit, 2 * N))
-            cache.keys[..., :known, :] = old.keys[..., :known, :]
-            cache.values[..., :known, :] = old.values[..., :known, :]
-            del old  # before the answer, not after it
+            wider = engine_for(model).make_cache(1, min(limit, 2 * N))
+            wider.keys[..., :known, :] = cache.keys[..., :known, :]
+            wider.values[..., :known, :] = cache.values[..., :known, :]
+            cache = wider
         cache.crop(known)
         (new,) = write(model, [prompt], args, cache)
         turns, read = [*turns[first:], line, visible(new, args)], ids + new.ids
