@@ -167,6 +167,9 @@ def train(args: argparse.Namespace) -> int:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"--device {args.device} is not available on this machine") from None
+    torch.manual_seed(args.seed)
+    # --init may be wrong: so it is read before anything is written.
+    model = PersimmonForCausalLM.from_pretrained(args.init, "float32") if args.init else None
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.resume and args.init:
         for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
@@ -174,12 +177,8 @@ def train(args: argparse.Namespace) -> int:
                 shutil.copy(args.init / name, args.out)
     elif not args.resume:
         make_tokenizer(text[:cut], 1024, args.out)
-    tokenizer = Tokenizer(args.out)
-
-    torch.manual_seed(args.seed)
-    if args.init:
-        model = PersimmonForCausalLM.from_pretrained(args.init, "float32")
-    else:
+    tokenizer = Tokenizer(args.init or args.out)
+    if model is None:
         end = tokenizer.end_of_text
         model = PersimmonForCausalLM(PersimmonConfig(
             vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
@@ -285,7 +284,7 @@ def main() -> int:
         help="(default: %(default)s)")
     args = parser.parse_args()
     if (min(args.steps, args.batch, args.eval_every) < 1 or not 0 <= args.dropout <= 1
-            or args.lr <= 0):
+            or not args.lr > 0):  # true for NaN too
         parser.error("--steps, --batch, --eval-every and --lr have to be above 0, "
                      "--dropout from 0 to 1")
     try:
