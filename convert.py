@@ -455,7 +455,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{parameters:,} parameters, {total / 1e9:.2f} GB", flush=True)
         if not args.dry_run:
             write_folder(folder, model, weights, files)
-    if not args.dry_run:
+    if not args.dry_run and hasattr(model, "lm_head"):  # a classifier can't write
         print(f"python sample.py --model {args.output}")
 
 

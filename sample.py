@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -331,6 +332,7 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     options = {"dtype": args.dtype, "quantize": args.quantize,
                "device": device if PROCESSES == 1 else "cpu",  # where each takes its share
                "progress": lambda part: progress(args, f"loading {part:.0%} ...")}
+    warnings.filterwarnings("error", ".* to be trained")  # it has no lm_head, so it can't write
     model = (random_model(int(args.random[3:] or 36), args.density, **options) if args.random
              else PersimmonForCausalLM.from_pretrained(source, **options))
     if PROCESSES > 1:
@@ -360,7 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except UnicodeDecodeError as error:
         text = f"the prompt is not UTF-8: {error.reason} at byte {error.start}"
-    except (argparse.ArgumentError, ValueError, OSError, ArithmeticError, ImportError) as error:
+    except (argparse.ArgumentError, ValueError, OSError, ArithmeticError, ImportError,
+            Warning) as error:
         text = str(error)
     except (RuntimeError, MemoryError) as error:
         time.sleep(5 * (PROCESSES > 1))  # if it came from another's end, torchrun ends this one

@@ -2281,7 +2281,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2425), ("sample.py", 390), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2425), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -2703,6 +2703,15 @@ def test_errors(cli, arguments, message, monkeypatch):
     monkeypatch.chdir(HERE)
     code, _, error = cli(*arguments.split(), stdin=b"a\xff")
     assert code == 2 and message in error and len(error) < 400 and re.fullmatch("sample.py: error: .*\n", error)
+
+
+def test_a_classifier_can_not_write(cli, tmp_path, capsys):
+    PersimmonForSequenceClassification(replace(load_config(TINY), num_hidden_layers=1)).save_pretrained(tmp_path / "scores")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "scores")
+    code, _, error = cli("-m", tmp_path / "scores")
+    assert code == 2 and error.startswith(f"sample.py: error: {tmp_path}/scores has no lm_head.weight")
+    assert convert.main([str(tmp_path / "scores"), str(tmp_path / "small"), "--dtype", "float16"]) == 0
+    assert "sample.py" not in capsys.readouterr().out and (tmp_path / "small" / "config.json").exists()
 
 
 def test_interrupts_and_lack_of_memory(cli, monkeypatch):
@@ -3214,6 +3223,10 @@ def test_train_py(tmp_path, monkeypatch, capsys):
     train("tuned", "--steps", "1", "--seed", "1", "--init", f"{tmp_path}/whole")
     assert (tmp_path / "tuned" / "tokenizer_config.json").read_text() == '{"add_bos_token": true}'
     train("broken", "--steps", "9", "--init", f"{tmp_path}/whole", "--lr", "1e30", code=2, says=r"\d: the loss is nan")
+    train("new", "--init", f"{tmp_path}/none", code=2, says=f"no folder {tmp_path}/none:")
+    (tmp_path / "whole" / "tokenizer.model").rename(tmp_path / "moved")
+    train("new", "--init", f"{tmp_path}/whole", code=2, says=f"no file {tmp_path}/whole/tokenizer.model")
+    assert pytest.raises(SystemExit, train, "new", "--lr", "nan").value.code == 2
     before, after = (load_file(tmp_path / run / "model.safetensors")["lm_head.weight"] for run in ("whole", "tuned"))
     assert 0 < (after - before).abs().max() < 0.01 and after.dtype == torch.bfloat16  # other seeds differ by more
 
