@@ -1221,18 +1221,16 @@ class TableEngine(Engine):
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         super().__init__(model)
-        self.downs: list[nn.Linear] = []  # the down-projections that are worth a table
+        self.linears: list[nn.Linear] = []  # those with a large weight
+        self.downs: list[nn.Linear] = []  # the down-projections among them that are to get a table
         self.tables: dict[nn.Linear, Table] = {}
 
-    def is_large(self, module: nn.Module | None) -> bool:
-        """Whether this is a Linear whose matrix has at least `large` bytes."""
-        return (type(module) is nn.Linear and module.weight.nbytes >= self.large
-                and module.weight.is_contiguous())
-
-    def find_downs(self, modules: Iterable[nn.Module]) -> None:
-        """Choose the down-projections for which `prepare` makes tables."""
+    def find_linears(self, modules: Sequence[nn.Module]) -> None:
+        """Find the Linears with a large weight, and those for which `prepare` makes tables."""
+        self.linears = [m for m in modules if type(m) is nn.Linear and m.weight.is_contiguous()
+                        and m.weight.nbytes >= self.large]
         downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
-        self.downs = [m for m in downs if self.is_large(m)]
+        self.downs = [m for m in self.linears if m in downs]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
         """Forget tables of modules that are none of these, and tables and packed copies of weights
@@ -1362,7 +1360,6 @@ class TransposedKVCache(KVCache):
 class CpuEngine(TableEngine):
     """Matrix products and attention by the operators that read memory fastest on this CPU."""
 
-    linears: Sequence[nn.Linear] = ()  # those with a large weight
     compared: float = 0  # the longest cache in which attention was compared; infinity: it differed
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
@@ -1415,8 +1412,7 @@ class CpuEngine(TableEngine):
         """As in Engine; first finds out what has changed."""
         modules = [*self.model.modules()]
         self.forget_tables(modules)
-        self.find_downs(modules)
-        self.linears = [m for m in modules if self.is_large(m)]
+        self.find_linears(modules)
         return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
@@ -2264,7 +2260,7 @@ class CudaEngine(TableEngine):
         self.forget_tables(self.modules)
         forwards = self.proven_forwards(ids.shape[1], mask, cache)
         is_single = len(ids) == 1 and self.state and self.forwards["block"]
-        self.find_downs(self.modules if is_single else ())
+        self.find_linears(self.modules if is_single else ())
         with replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 

@@ -2281,7 +2281,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2425), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2421), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -2551,7 +2551,7 @@ def test_when_tables_are_made(monkeypatch):
         patch.setattr(persimmon, "available_memory", lambda device: 2**24 - 1)  # two times 8 MB are needed
         next(run)
         assert model.engine.tables == {} and model.engine.downs == []
-    model.engine.find_downs(model.modules())
+    model.engine.find_linears([*model.modules()])
     model.engine.prepare(fractions.append)
     kept, hook = model.engine.tables[second], first.register_forward_hook(lambda *_: None)
     assert fractions == [0.5, 1.0] and [*model.engine.tables] == downs
@@ -2570,7 +2570,7 @@ def test_when_tables_are_made(monkeypatch):
             assert close(found, Engine(model).next_logits(ids[:, 8:], None, cache)), change
             assert [*model.engine.tables] == [second]  # until the next prompt
             cache.crop(8)
-            model.engine.find_downs(model.modules()), model.engine.prepare()
+            model.engine.find_linears([*model.modules()]), model.engine.prepare()
 
 
 def test_generations_side_by_side():
