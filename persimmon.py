@@ -1288,31 +1288,27 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
     return backward(x[None], weight, rows, bags[:1], bags, 0)  # bag 0 starts at 0; mode 0 is sum
 
 
-def cpu_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x), x (..., C) -> (..., O); for few rows, by an operator faster than F.linear."""
+def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
+    """linear(x), x (..., C) -> (..., O); for few rows, by an operator faster than F.linear. With
+    a table, it reads only the weights of inputs that are not zero."""
     W, has_amx = linear.weight, cpu_has("amx_tile")
     rows = x.reshape(-1, linear.in_features)  # (rows, C)
     fits = x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled()
-    if fits and has_amx and x.dtype == torch.bfloat16 and len(rows) <= 32:
+    bags = nonzero_bags(rows, 16, 1.5) if fits and table is not None else None
+    if bags is not None:  # with more rows or nonzeros, the others are as fast
+        column, value, start = bags
+        y = nn.functional.embedding_bag(column, table.rows, start.flatten(), mode="sum",
+                                        per_sample_weights=value)
+        y = y.view(*start.shape, len(W)).sum(1, dtype=torch.float32)  # (rows, O)
+    elif fits and has_amx and x.dtype == torch.bfloat16 and len(rows) <= 32:
         y = torch.mv(W, rows[0]) if len(rows) == 1 else (W @ rows.t()).t().contiguous()
     elif (fits and not has_amx and cpu_has("avx512_bf16") and x.dtype != torch.float16
           and len(rows) == 1):
         y = dot_products(W, rows[0])
     else:
         return nn.functional.linear(x, W, linear.bias)
-    return (y if linear.bias is None else y + linear.bias).reshape(*x.shape[:-1], len(W))
-
-
-def sparse_linear(linear: nn.Linear, table: Tensor, x: Tensor) -> Tensor:
-    """linear(x), x (..., F) -> (..., C), reading only rows of table = W^T (F, C) with nonzero x."""
-    bags = nonzero_bags(x, 16, 1.5) if x.dtype == table.dtype else None
-    if bags is None:  # with more rows or nonzeros, this is as fast
-        return cpu_linear(linear, x)
-    column, value, start = bags
-    y = nn.functional.embedding_bag(column, table, start.flatten(), mode="sum",
-                                    per_sample_weights=value)
-    y = y.view(*x.shape[:-1], start.shape[1], -1).sum(-2, dtype=torch.float32)
-    return (y if linear.bias is None else y + linear.bias).to(x.dtype)
+    y = y if linear.bias is None else y + linear.bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], len(W))
 
 
 class TransposedKVCache(KVCache):
@@ -1423,10 +1419,8 @@ class CpuEngine(TableEngine):
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, with the products above."""
-        linears = [m for m in self.linears if is_unmodified(m, nn.Linear)]
-        forwards = {m: PassForward(cpu_linear, m) for m in linears}
-        forwards |= {m: PassForward(sparse_linear, m, table.rows)
-                     for m, table in [*self.tables.items()] if m in forwards}
+        forwards = {m: PassForward(cpu_linear, m, self.tables.get(m))
+                    for m in self.linears if is_unmodified(m, nn.Linear)}
         with replaced_forward(forwards):
             return super().next_logits(ids, mask, cache)
 
