@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Hyperparameters of config.json; defaults are the 8B's. Add new ones to CONFIG_FIELDS too."""
+    """Hyperparameters, as in config.json; defaults are the 8B's."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -608,25 +608,23 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import chain
+from typing import get_args, get_origin, get_type_hints
 
 # --- config.json ----------------------------------------------------------------------------------
 DTYPES = ("bfloat16", "float16", "float32")
-CONFIG_FIELDS = {name: (types, allowed) for names, types, allowed in (
-    # types, with None where null has a meaning; allowed: lowest and highest, or all strings
+# Each field's types: of `int | list[int] | None`, they are [int, list, NoneType].
+CONFIG_TYPES = {name: [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+                for name, hint in get_type_hints(PersimmonConfig).items()}
+CONFIG_RANGES = {name: allowed for names, allowed in (  # lowest and highest, or all strings
     ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-     "max_position_embeddings", (int,), (1, 2**28)),
-    ("num_labels", (int,), (1, 2**16)),
-    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor",
-     (float, int), (1e-30, 2**28)),
-    ("hidden_dropout attention_dropout", (float, int), (0, 1)),
-    ("classifier_dropout", (float, int, None), (0, 1)),
-    ("qk_layernorm", (bool,), ()),
-    ("bos_token_id pad_token_id", (int, None), (0, 2**28)),
-    ("eos_token_id", (int, list, None), (0, 2**28)),
-    ("dtype", (str, None), DTYPES),
-    ("problem_type", (str, None),
-     ("regression", "single_label_classification", "multi_label_classification")),
-    ("id2label quantization", (dict, None), ())) for name in names.split()}
+     "max_position_embeddings", (1, 2**28)),
+    ("num_labels", (1, 2**16)),
+    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (1e-30, 2**28)),
+    ("hidden_dropout attention_dropout classifier_dropout", (0, 1)),
+    ("bos_token_id pad_token_id eos_token_id", (0, 2**28)),
+    ("dtype", DTYPES),
+    ("problem_type", ("regression", "single_label_classification", "multi_label_classification")),
+) for name in names.split()}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -653,17 +651,16 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def checked_config(**values: Any) -> PersimmonConfig:
     """PersimmonConfig(**values); ValueError if a value's type is wrong or no model can have it."""
     config = PersimmonConfig(**values)
-    for name, value in vars(config).items():
-        if name not in CONFIG_FIELDS:
-            raise ValueError(f"PersimmonConfig has {name}, and CONFIG_FIELDS does not")
-        (types, allowed), key = CONFIG_FIELDS[name], f"config key {name} = {value!r}"
-        kind = None if value is None else type(value)  # isinstance would take True for an int
-        if kind not in types:
+    for name, types in CONFIG_TYPES.items():
+        value, allowed = getattr(config, name), CONFIG_RANGES.get(name)
+        kind, key = type(value), f"config key {name} = {value!r}"
+        if kind not in types and (kind, types[0]) != (int, float):  # and True is not an int
             raise ValueError(f"{key} is not of type {types[0].__name__}")
-        if kind is str and value not in allowed:
+        if kind is str and allowed and value not in allowed:
             raise ValueError(f"{key} is none of {', '.join(allowed)}")
         numbers = value if kind is list else [value] if kind in (int, float) else []
-        if not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1] for x in numbers):
+        if allowed and not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1]
+                               for x in numbers):
             raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
@@ -701,8 +698,8 @@ def load_config(folder: str | Path) -> PersimmonConfig:
         values["num_labels"] = len(values["id2label"])
     # null means the default, unless it has a meaning of its own, such as "no such token".
     config = checked_config(**{
-        name: values[name] for name, (types, _) in CONFIG_FIELDS.items()
-        if name in values and (values[name] is not None or None in types)})
+        name: values[name] for name, types in CONFIG_TYPES.items()
+        if name in values and (values[name] is not None or type(None) in types)})
     harmless = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     required = {key: None for key in rope if key not in harmless}  # others change RoPE
     required |= {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
@@ -790,7 +787,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     progress  is called with the fraction that is done, in bytes
     quantize  "int8", or "int4" in groups of group_size inputs; a quantized folder stays as it is
     changes   replace values of config.json, as in num_labels=3"""
-    if unknown := changes.keys() - CONFIG_FIELDS.keys():
+    if unknown := changes.keys() - CONFIG_TYPES.keys():
         raise ValueError(f"from_pretrained has no {min(unknown)}=: see `load`, or model.fast")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: a model is a folder on this disk")
