@@ -1739,7 +1739,7 @@ from functools import lru_cache
 
 @lru_cache
 def triton_kernels() -> dict[str, Any] | None:
-    """The four kernels, which sum in float32 or in integers; None without Triton 3.5 or newer.
+    """The four kernels, which sum in float32 or in integers; None without Triton.
 
     Attention is split-KV (Flash-Decoding) with the online softmax (Milakov and Gimelshein, arXiv
     1805.02867; FlashAttention, Dao et al., 2205.14135). A program has one query q and one split of
@@ -1758,8 +1758,6 @@ def triton_kernels() -> dict[str, Any] | None:
         import triton
         import triton.language as tl
     except ImportError:
-        return None
-    if torch.torch_version.TorchVersion(triton.__version__) < "3.5":  # no tl.dot of few columns
         return None
 
     @triton.jit

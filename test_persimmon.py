@@ -1899,14 +1899,13 @@ def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 def test_triton_kernels(small, monkeypatch):
-    """Not without triton, and not with an old one: then CudaEngine is a plain one."""
-    triton, found = pytest.importorskip("triton"), persimmon.triton_kernels.__wrapped__  # without the lru_cache
+    """Not without triton: then CudaEngine is a plain one."""
+    found = persimmon.triton_kernels.__wrapped__  # without the lru_cache
+    pytest.importorskip("triton")
     without_gpu(monkeypatch)
     monkeypatch.setattr(persimmon, "triton_kernels", found)
     engine = CudaEngine(small.to(DEVICE))
     assert len(found()) == 4 and type(engine.make_cache(1, 9)) is StaticCache
-    monkeypatch.setattr(triton, "__version__", "3.4.1")
-    assert found() is None
     monkeypatch.setitem(sys.modules, "triton", None)
     cache = engine.make_cache(1, 9)
     assert found() is None and type(cache) is KVCache and engine.proven_forwards(1, None, cache) == {}
@@ -2286,7 +2285,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2412), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2410), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
