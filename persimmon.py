@@ -2071,10 +2071,9 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
         x, norm = norm(x), None
     fits = B <= 16 and T == 1 and O % 16 == 0 and C % 16 == 0 and all(
         t is None or t.is_contiguous() for t in (linear.weight, x, residual))
-    codes = None
-    if fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C):
-        if torch.cuda.get_device_capability(x.device) >= (8, 0):  # multiplies integers
-            codes = getattr(linear, "codes_by_output", None)
+    has_codes = fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C)
+    is_ampere = torch.cuda.get_device_capability(x.device) >= (8, 0)  # multiplies integers
+    codes = getattr(linear, "codes_by_output", None) if has_codes and is_ampere else None
     if not (codes or fits and linear.weight.shape == (O, C)):
         # By PyTorch: int4 for several texts, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
