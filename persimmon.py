@@ -892,8 +892,8 @@ def staging(folder: Path) -> Iterator[Path]:
     all other weights, and with a tokenizer.model the rest of another tokenizer. ValueError if
     another process is saving there; OSError is passed on."""
     folder = Path(os.path.realpath(folder))  # follows a link: a rename can't go to another disk
-    exists, beside = folder.exists(), folder.with_name(f"{folder.name}.unfinished")
-    scratch = folder / ".unfinished" if exists else beside
+    exists = folder.exists()
+    scratch = folder / ".unfinished" if exists else folder.with_name(f"{folder.name}.unfinished")
     new = scratch / "new"
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
@@ -921,9 +921,6 @@ def staging(folder: Path) -> Iterator[Path]:
             old += "|".join(("", *TOKENIZER_FILES)) * ("tokenizer.model" in names)
             for name in filter(re.compile(old).fullmatch, {*os.listdir(folder)} - names):
                 (folder / name).unlink()
-            with suppress(OSError):  # left by a process killed just after it made `folder`
-                (beside / "lock").unlink(missing_ok=True)
-                beside.rmdir()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

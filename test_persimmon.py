@@ -1166,7 +1166,10 @@ def test_a_killed_save_leaves_a_whole_model(folder, small, old):
             shutil.rmtree(copied)
         new.save_pretrained(target)
         assert {*os.listdir(target)} == SAVED | ({"model-of-mine.safetensors"} if old != "nothing" else set())
-        assert is_saved(new, target) and {*os.listdir(target.parent)} == {"model", "target"}
+        assert is_saved(new, target) and {*os.listdir(target.parent)} - {"target.unfinished"} == {"model", "target"}
+        # killed as soon as `target` was there, it left its lock beside it
+        assert old == "nothing" or not target.with_name("target.unfinished").exists()
+        assert not any(file.stat().st_size for file in target.with_name("target.unfinished").glob("*"))
         shutil.rmtree(target)
     assert found == sorted(found) and {*found} == ({48, 128} if old != "nothing" else {128})
 
@@ -2285,7 +2288,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2409), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2406), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
