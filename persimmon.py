@@ -611,6 +611,7 @@ from itertools import chain
 from typing import get_args, get_origin, get_type_hints
 
 # --- config.json ----------------------------------------------------------------------------------
+ARCHITECTURE = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False}
 DTYPES = ("bfloat16", "float16", "float32")
 # Each field's types: of `int | list[int] | None`, they are [int, list, NoneType].
 CONFIG_TYPES = {name: [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
@@ -702,31 +703,25 @@ def load_config(folder: str | Path) -> PersimmonConfig:
         if name in values and (values[name] is not None or type(None) in types)})
     harmless = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     required = {key: None for key in rope if key not in harmless}  # others change RoPE
-    required |= {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
-                 "rope_type": "default", "type": "default", "quantization_config": None,
-                 "num_key_value_heads": config.num_attention_heads, "head_dim": config.head_dim}
+    required |= {**ARCHITECTURE, "rope_type": "default", "type": "default",
+                 "quantization_config": None, "head_dim": config.head_dim,
+                 "num_key_value_heads": config.num_attention_heads}
     for key, value in required.items():
         if values.get(key) not in (None, value):
             raise ValueError(f"config key {key} = {values[key]!r} is not supported, only {value!r}")
     return config
 
 
-def config_to_dict(config: PersimmonConfig) -> dict[str, Any]:
-    """The contents of config.json, for this file and for old and new versions of transformers."""
-    values = asdict(config)
+def write_config(folder: Path, model: PersimmonPreTrainedModel) -> None:
+    """Write config.json, for this file and for old and new versions of transformers, and
+    generation_config.json, with the dtype that the weights have."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    values = asdict(checked_config(**asdict(model.config) | {"dtype": dtype}))
     rope = {name: values[name] for name in ("rope_theta", "partial_rotary_factor")}
     if quantization := values.pop("quantization"):
         values["quantization_config"] = {"quant_method": "persimmon.py", **quantization}
-    return {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False,
-            **values, "torch_dtype": config.dtype, "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", **rope}}
-
-
-def write_config(folder: Path, model: PersimmonPreTrainedModel) -> None:
-    """Write config.json and generation_config.json, with the dtype that the weights have."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    config = checked_config(**asdict(model.config) | {"dtype": dtype})
-    raw = {"architectures": [type(model).__name__], **config_to_dict(config)}
+    raw = {"architectures": [type(model).__name__], **ARCHITECTURE, **values, "torch_dtype": dtype,
+           "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope}}
     ids = {name: value for name, value in raw.items() if name.endswith("_token_id")}
     for name, content in ("config.json", raw), ("generation_config.json", ids):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

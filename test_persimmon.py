@@ -19,9 +19,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -30,12 +32,20 @@ from persimmon import (
     MLP,
     PersimmonConfig,
     PersimmonForCausalLM,
-    config_to_dict,
     engine_for,
     generate,
     quantize_model,
 )
 from sample import peak_memory, random_model
+
+
+def config_to_dict(config: PersimmonConfig, module: ModuleType = persimmon) -> dict:
+    """What config.json has after a model with this config is saved, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        module.write_config(Path(folder), SimpleNamespace(config=config, dtype=torch.float32))
+        raw = json.loads((Path(folder) / "config.json").read_text())
+    return {name: value for name, value in raw.items() if name != "architectures"}
+
 
 # --- run as a script -------------------------------------------------------------------------------------------------
 
@@ -296,7 +306,6 @@ import random, re, runpy, select, shlex, shutil, socket, tarfile, threading, war
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
-from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy, pytest, sentencepiece, transformers
@@ -924,8 +933,8 @@ def test_config_survives_a_round_trip(tmp_path, form):
     # fields of one's own
     old = "    hidden_size: int"
     own = edited(tmp_path, (old, f"    window: list[int] | None = None\n    act: str = 'a'\n{old}"))
-    (tmp_path / "config.json").write_text(json.dumps(own.config_to_dict(own.PersimmonConfig(window=[9], act="b"))))
-    assert (config := own.load_config(tmp_path)) == own.PersimmonConfig(window=[9], act="b")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(own.PersimmonConfig(window=[9], act="b"), own)))
+    assert (config := own.load_config(tmp_path)) == own.PersimmonConfig(window=[9], act="b", dtype="float32")
     for changes, message in (({"window": "a"}, "window = 'a' is not of type list"), ({"act": 1}, "act = 1 is not of")):
         refuses(message, own.checked_config, **asdict(config) | changes)
 
@@ -2288,7 +2297,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2406), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2401), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -2297,9 +2306,9 @@ def test_size():
 def test_importing_does_nothing_but_enter_engines_and_quantizers():
     code = [ast.unparse(node) for node in ast.parse(SOURCE).body[1:]
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))]
-    names = "ENGINES: DTYPES CONFIG_TYPES CONFIG_RANGES TOKENIZER_FILES SAFETENSORS_DTYPES QUANTIZERS: __all__ ENGINES['cpu'] " \
+    names = "ENGINES: ARCHITECTURE DTYPES CONFIG_TYPES CONFIG_RANGES TOKENIZER_FILES SAFETENSORS_DTYPES QUANTIZERS: __all__ ENGINES['cpu'] " \
         "__all__ QUANTIZERS['int8'] QUANTIZERS['int4'] ENGINES['cuda'] __all__"
-    assert " ".join(line.split()[0] for line in code) == names and all(code[n].endswith("] = {}") for n in (0, 6))
+    assert " ".join(line.split()[0] for line in code) == names and all(code[n].endswith("] = {}") for n in (0, 7))
     program = ("import sys, os, warnings, torch; os.environ.clear(); old = set(sys.modules), warnings.filters[:]; "
                "import persimmon; assert not os.environ and old[1] == warnings.filters; "
                "print(*{m.split('.')[0] for m in set(sys.modules) - old[0]} - sys.stdlib_module_names)")  # fmt: skip
