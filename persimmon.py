@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Hyperparameters, as in config.json; defaults are the 8B's."""
+    """Hyperparameters, as in config.json; defaults are the 8B's. For new ones see CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -616,16 +616,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Each field's types: of `int | list[int] | None`, they are [int, list, NoneType].
 CONFIG_TYPES = {name: [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
                 for name, hint in get_type_hints(PersimmonConfig).items()}
-CONFIG_RANGES = {name: allowed for names, allowed in (  # lowest and highest, or all strings
-    ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-     "max_position_embeddings", (1, 2**28)),
-    ("num_labels", (1, 2**16)),
-    ("layer_norm_eps initializer_range rope_theta partial_rotary_factor", (1e-30, 2**28)),
-    ("hidden_dropout attention_dropout classifier_dropout", (0, 1)),
-    ("bos_token_id pad_token_id eos_token_id", (0, 2**28)),
-    ("dtype", DTYPES),
-    ("problem_type", ("regression", "single_label_classification", "multi_label_classification")),
-) for name in names.split()}
+CONFIG_RANGES = {  # lowest and highest, or all strings; other numbers go from 1e-30 to 2**28
+    "hidden_dropout": (0, 1), "attention_dropout": (0, 1), "classifier_dropout": (0, 1),
+    "bos_token_id": (0, 2**28), "pad_token_id": (0, 2**28), "eos_token_id": (0, 2**28),
+    "num_labels": (1, 2**16), "dtype": DTYPES,
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification")}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -653,15 +648,14 @@ def checked_config(**values: Any) -> PersimmonConfig:
     """PersimmonConfig(**values); ValueError if a value's type is wrong or no model can have it."""
     config = PersimmonConfig(**values)
     for name, types in CONFIG_TYPES.items():
-        value, allowed = getattr(config, name), CONFIG_RANGES.get(name)
+        value, allowed = getattr(config, name), CONFIG_RANGES.get(name, (1e-30, 2**28))
         kind, key = type(value), f"config key {name} = {value!r}"
         if kind not in types and (kind, types[0]) != (int, float):  # and True is not an int
             raise ValueError(f"{key} is not of type {types[0].__name__}")
-        if kind is str and allowed and value not in allowed:
+        if kind is str and name in CONFIG_RANGES and value not in allowed:
             raise ValueError(f"{key} is none of {', '.join(allowed)}")
         numbers = value if kind is list else [value] if kind in (int, float) else []
-        if allowed and not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1]
-                               for x in numbers):
+        if not all(type(x) in (int, types[0]) and allowed[0] <= x <= allowed[1] for x in numbers):
             raise ValueError(f"{key} is not from {allowed[0]} to {allowed[1]}")
     C, H, D, R = config.hidden_size, config.num_attention_heads, config.head_dim, config.rotary_dim
     if C != H * D:
