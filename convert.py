@@ -340,7 +340,7 @@ def empty_model(path: Path, source: Source, args: argparse.Namespace) -> nn.Modu
         if len(SentencePieceProcessor(model_proto=files["tokenizer.model"])) > config.vocab_size:
             raise ValueError(f"it has more pieces than the {config.vocab_size} of the weights")
     if args.quantize is not None:
-        persimmon.QUANTIZERS[args.quantize](model, args.group_size, None)
+        persimmon.quantize_model(model, args.quantize, args.group_size)
     return model
 
 

@@ -726,7 +726,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json")
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
                       torch.uint8: "U8", torch.int8: "I8"}  # the integers: quantized matrices
-QUANTIZERS: dict[str, Callable[..., Any]] = {}  # Part III's: f(model, group_size, progress=None)
+QUANTIZERS: dict[str, Callable[..., Any]] = {}  # by kind, Part III's quantize_model
 
 
 def unreadable(file: Path, kind: str, reason: object = "") -> ValueError:
@@ -792,7 +792,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     with torch.device("meta"):  # without memory: the tensors of the file become the weights
         model = cls(config)
         if stored_kind is not None:
-            QUANTIZERS[stored_kind](model, config.quantization["group_size"])
+            QUANTIZERS[stored_kind](model, stored_kind, config.quantization["group_size"])
 
     # The files have to hold exactly the model's tensors, with two exceptions: a bare model's names
     # may lack `model.`, so compare all names without it; and the folder's model may have another
@@ -839,7 +839,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         warnings.warn(f"{folder} has no {' and '.join(sorted(new))} for a {cls.__name__}: new, "
                       "random, and to be trained", stacklevel=3)
     if quantize is not None:
-        QUANTIZERS[quantize](model, group_size, progress)
+        QUANTIZERS[quantize](model, quantize, group_size, progress)
     model.folder = folder.absolute()
     return model.eval()
 
@@ -1704,8 +1704,7 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
 
 
 __all__ += ["quantize_model"]
-QUANTIZERS["int8"] = lambda model, *options: quantize_model(model, "int8", *options)
-QUANTIZERS["int4"] = lambda model, *options: quantize_model(model, "int4", *options)
+QUANTIZERS["int8"] = QUANTIZERS["int4"] = quantize_model
 
 
 # === Part III c. CUDA =============================================================================
@@ -2154,10 +2153,9 @@ class CudaEngine(TableEngine):
     def find_forwards(self, way: str) -> dict[nn.Module, Callable]:
         """The fast forward of each block, or of its attention; {} if some module has none."""
         head, blocks = self.model.lm_head, [m for m in self.model.modules() if isinstance(m, Block)]
-        kinds = {Attention, nn.LayerNorm, nn.Identity}
+        kinds = {Block, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout}
         if way == "block":
             modules = [m for block in blocks for m in block.modules()]
-            kinds |= {Block, MLP, nn.Linear, nn.Dropout}
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
             found = {block: PassForward(fused_block, block, self.tables) for block in blocks}
             if type(head) in kinds and is_unmodified(head, type(head)):
@@ -2357,7 +2355,6 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % n != 0:
             raise ValueError(f"{name} = {getattr(config, name)} is not a multiple of {n} processes")
-    model.to(model.device)  # quantized layers forget what they have packed
     for block in model.model.layers:
         layer, mlp = block.self_attn, block.mlp
         if (type(layer), type(mlp)) != (Attention, MLP):
