@@ -978,7 +978,8 @@ REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part 
     (INDEX, "has no weight_map", b"{}", {"weight_map": {"a": 1}}), ("config.json", "no file .*config.json: ", None),
     ("config.json", "is not valid JSON", b"{", b"\xff", b"[" * 10**5),
     ("config.json", "has to hold a JSON object, not a list", b"[]"),
-    ("config.json", "too few for config.json's 100000 layers", {"num_hidden_layers": 100000}),
+    ("config.json", "num_hidden_layers = 100000 is not from 1 to 4096", {"num_hidden_layers": 100000}),
+    ("", r"lacks the tensor layers.4.input_layernorm.bias \(16 in all\)", {"num_hidden_layers": 5}),
     ("config.json", "config key .* is not supported, only",
      {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
      {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
@@ -2298,7 +2299,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2392), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2390), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -3001,7 +3002,7 @@ def test_convert_reads_args_and_tensors(tmp_path, make, weights, refused, monkey
         ("rotary_pct", "absent", "no args.rotary_pct"), ("hidden_size", "x", "config key .* is not of type"),
         ("hidden_size", torch.ones(2), "no args.hidden_size, or one that is no number"),
         ("hidden_dropout", torch.ones(2), "no args.hidden_dropout, or one that is no number"),
-        ("num_attention_heads", 0, "num_attention_heads = 0 is not from 1"), ("num_layers", 100_000, "100000 layers"),
+        ("num_attention_heads", 0, "num_attention_heads = 0 is not from 1"), ("num_layers", 4000, "4000 layers"),
         ("ffn_hidden_size", 96, r"weight is \(48, 80\), and its config makes it \(48, 96\)"),
         ("num_layers", 4, "layers.3.* is missing, and its"), ("num_layers", 2, "layers.2.* makes it no tensor"),
         ("qk_layernorm", "none", "model.layers.0.self_attn.k_layernorm.* makes it no tensor")):
