@@ -1866,8 +1866,7 @@ def triton_kernels() -> dict[str, Any] | None:
         if bias is not None:
             acc += tl.load(bias + o).to(tl.float32)[None, :]
         if SQUARE:
-            acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, and tl.maximum would drop it
-            acc *= acc
+            acc = tl.where(acc < 0, 0.0, acc * acc)  # NaN stays, and tl.maximum would drop it
         at = b * O + o[None, :]
         if residual is not None:
             acc += tl.load(residual + at, mask=b < B, other=0.0).to(tl.float32)
@@ -1966,8 +1965,7 @@ def triton_kernels() -> dict[str, Any] | None:
         acc *= tl.where(is_high, 128.0, 1.0)[None, :] * step
         result += tl.sum(acc, 1)
         if SQUARE:
-            result = tl.where(result < 0, 0.0, result)
-            result *= result
+            result = tl.where(result < 0, 0.0, result * result)
         if residual is not None:
             result += r
         tl.store(y + o, result.to(y.dtype.element_ty))
