@@ -1272,7 +1272,7 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
 def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
     """linear(x), x (..., C) -> (..., O); for few rows, by an operator faster than F.linear. With
     a table, it reads only the weights of inputs that are not zero."""
-    W, has_amx = linear.weight, cpu_has("amx_tile")
+    W, has_amx, has_bf16 = linear.weight, cpu_has("amx_tile"), cpu_has("avx512_bf16")
     rows = x.reshape(-1, linear.in_features)  # (rows, C)
     fits = x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled()
     bags = nonzero_bags(rows, 16, 1.5) if fits and table is not None else None
@@ -1283,8 +1283,7 @@ def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
         y = y.view(*start.shape, len(W)).sum(1, dtype=torch.float32)  # (rows, O)
     elif fits and has_amx and x.dtype == torch.bfloat16 and len(rows) <= 32:
         y = torch.mv(W, rows[0]) if len(rows) == 1 else (W @ rows.t()).t().contiguous()
-    elif (fits and not has_amx and cpu_has("avx512_bf16") and x.dtype != torch.float16
-          and len(rows) == 1):
+    elif fits and has_bf16 and not has_amx and x.dtype != torch.float16 and len(rows) == 1:
         y = dot_products(W, rows[0])
     else:
         return nn.functional.linear(x, W, linear.bias)
