@@ -1955,8 +1955,7 @@ def triton_kernels() -> dict[str, Any] | None:
                     v += tl.load(norm_bias + n + k)
                 v = tl.floor(v / step + 0.5).to(tl.int32)
                 digits = tl.where(is_high[:, None], (v >> 7)[None, :], (v & 127)[None, :])
-                if GROUPS > 1:
-                    digits = tl.where(group[:, None] == (k // GROUP)[None, :], digits, 0)
+                digits = tl.where(group[:, None] == (k // GROUP)[None, :], digits, 0)
                 part = w if C == BYTES else (w & 15 if half == 0 else w & -16)
                 sums = tl.dot(part, tl.trans(digits.to(tl.int8)), out_dtype=tl.int32)
                 at = (n // GROUP + group)[None, :] * O + o[:, None]
