@@ -1214,8 +1214,7 @@ class TableEngine(Engine):
         self.downs = [m for m in self.linears if m in downs]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
-        """Forget tables of modules that are none of these, and tables and packed copies of weights
-        that have changed."""
+        """Forget tables of other modules, and tables and packed copies of weights that changed."""
         modules = {*modules}
         copies = [(m, t) for m in modules for t in vars(m).get("packed", {}).values()]
         copies += self.tables.items()
