@@ -1149,10 +1149,10 @@ def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
 
 
 def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The nonzeros of x (..., F) for embedding_bag: their columns, row by row; their values; and
+    """The nonzeros of x (B, F) for embedding_bag: their columns, row by row; their values; and
     where bags start, (B, bags): a row is cut into bags for all cores. None beyond `rows` rows or
     limit*F nonzeros, off the CPU, with gradients, and in torch.compile, as shapes depend on x."""
-    F, B = x.shape[-1], x.numel() // x.shape[-1]
+    B, F = x.shape
     if B > rows or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     x = x.flatten()  # (B*F)
@@ -2268,7 +2268,7 @@ class CudaEngine(TableEngine):
                     step()  # first without capture: kernels compile, libraries allocate memory
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
+                with torch.cuda.graph(graph, stream=stream):  # first waits for the whole device
                     logits = step()
         finally:
             cache.is_capturing = False

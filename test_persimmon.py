@@ -1451,9 +1451,9 @@ def test_cpu_linear_with_a_table(reads, rows, density, dtype, tolerance):
     x = ((torch.rand(rows, 1, 397) + 0.5) * (torch.rand(rows, 1, 397) < density)).to(dtype)
     x[1:2] = 0
     table = layer.weight.detach().t().where((x != 0).any(0).T, math.nan).contiguous()
-    assert nonzero_bags(x, 16, 1.5) is None  # gradients are enabled
+    assert nonzero_bags(x.flatten(1), 16, 1.5) is None  # gradients are enabled
     with torch.no_grad():
-        y, bags = cpu_linear(layer, persimmon.Table(table, layer.weight, ()), x), nonzero_bags(x, 16, 1.5)
+        y, bags = cpu_linear(layer, persimmon.Table(table, layer.weight, ()), x), nonzero_bags(x.flatten(1), 16, 1.5)
         expected = layer.double()(x.double())
     assert y.dtype == dtype and (y - expected).norm() <= tolerance * (expected.norm() + 1e-3)
     assert reads["sums"] == (bags is not None) == (rows <= 16 and x.count_nonzero() <= 1.5 * 397)
