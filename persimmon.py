@@ -2145,17 +2145,19 @@ class CudaEngine(TableEngine):
 
     def find_forwards(self, way: str) -> dict[nn.Module, Callable]:
         """The fast forward of each block, or of its attention; {} if some module has none."""
-        head, blocks = self.model.lm_head, [m for m in self.model.modules() if isinstance(m, Block)]
+        head = getattr(self.model, "lm_head", None)  # this and the norms may have been edited out
         kinds = {Block, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout}
         if way == "block":
+            blocks = [m for m in self.modules if isinstance(m, Block)]
             modules = [m for block in blocks for m in block.modules()]
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
             found = {block: PassForward(fused_block, block, self.tables) for block in blocks}
             if type(head) in kinds and is_unmodified(head, type(head)):
                 found[head] = PassForward(fused_linear, head)
         else:
-            layers = [block.self_attn for block in blocks]
-            modules = [m for a in layers for m in (a, a.q_layernorm, a.k_layernorm)]
+            layers = [m for m in self.modules if isinstance(m, Attention)]
+            norms = ("q_layernorm", "k_layernorm")
+            modules = layers + [getattr(layer, name, None) for layer in layers for name in norms]
             found = {layer: PassForward(fused_attention, layer) for layer in layers}
         is_known = all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
         return found if is_known else {}

@@ -2299,7 +2299,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2384), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2386), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
@@ -2459,6 +2459,20 @@ def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
     if ALL or "padding" in name:  # which is proven anew
         mask = torch.arange(ids.shape[1]).to(ids) >= ids.new_tensor([[3], [0]])
         assert check_engine(model, ids, torch.float32, mask, 40)[0] == 2 or "padding" not in name
+
+
+@runs_kernel
+def test_modules_that_an_edit_removes_are_not_missed_on_cuda(tmp_path, monkeypatch):
+    """The norms of q and k, the head where it is tied to the embedding, and the name of a block's attention."""
+    norms = re.search("        norm = partial.*?\n        self.k_layernorm[^\n]*\n", SOURCE, re.S)[0]
+    for edits in ([(norms, ""), ("self.q_layernorm(q)", "q"), ("self.k_layernorm(k)", "k")],
+                  [("        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)\n", ""),
+                   ("        self.init_weights(self.lm_head)\n", ""),
+                   ("self.lm_head(output.last_hidden_state[:, -logits_to_keep:])",
+                    "output.last_hidden_state[:, -logits_to_keep:].matmul(self.model.embed_tokens.weight.T)")],
+                  [("self.self_attn = ", "self.att = "), ("self.self_attn(", "self.att(")]):
+        model = small_model(use_cuda(edited(tmp_path, *edits), monkeypatch), 2, 1).to(DEVICE)
+        check_engine(model, random_ids(model.config, 1, 7).to(DEVICE), torch.float32, room=60)
 
 
 @pytest.fixture(params=["on_cpu", pytest.param("on_cuda", marks=runs_kernel)])
