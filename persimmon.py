@@ -1494,10 +1494,9 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def private_operator(name: str) -> Callable[..., Tensor] | None:
-    """A private operator like "aten._weight_int8pack_mm"; None, with a warning, if it is gone."""
-    namespace, _, operator = name.partition(".")
-    found = getattr(getattr(torch.ops, namespace), operator, None)
+def private_operator(operators: Any, name: str) -> Callable[..., Tensor] | None:
+    """A private operator, of torch.ops.aten for example; None, with a warning, if it is gone."""
+    found = getattr(operators, name, None)
     if found is None:
         warnings.warn(f"this PyTorch has no {name}: quantized weights are used without it, slowly")
     return found
@@ -1526,7 +1525,7 @@ class Int8Linear(QuantizedLinear):
         return super().dequant_matmul(x / 128) * (self.scale.to(x.dtype) * 128)
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
-        operator = private_operator("aten._weight_int8pack_mm")
+        operator = private_operator(torch.ops.aten, "_weight_int8pack_mm")
         if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
             return None
         # It crashes unless 16 divides the address; in a file by another program it may not.
@@ -1588,8 +1587,8 @@ class Int4Linear(QuantizedLinear):
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
         is_ampere = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         suffix = "_for_cpu" if x.is_cpu else ""
-        operator = private_operator(f"aten._weight_int4pack_mm{suffix}")
-        pack = private_operator(f"aten._convert_weight_to_int4pack{suffix}")
+        operator = private_operator(torch.ops.aten, f"_weight_int4pack_mm{suffix}")
+        pack = private_operator(torch.ops.aten, f"_convert_weight_to_int4pack{suffix}")
         if not (operator and pack and (x.is_cpu or is_ampere) and x.dtype == torch.bfloat16):
             return None
         packed = self.packed_copy("matmul", self.weight, lambda: self.pack(pack, x.is_cuda))
@@ -1661,7 +1660,7 @@ class Int8SparseLinear(QuantizedLinear):
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
         bags = nonzero_bags(x, self.max_rows, 6)  # with more, dequant_matmul is faster
-        operator = private_operator("quantized.embedding_bag_byte_rowwise_offsets")
+        operator = private_operator(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets")
         if bags is None or operator is None:
             return None
         column, value, start = bags
