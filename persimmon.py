@@ -615,7 +615,7 @@ ARCHITECTURE = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embe
 DTYPES = ("bfloat16", "float16", "float32")
 # Each field's types: of `int | list[int] | None`, they are [int, list, NoneType].
 CONFIG_TYPES = {name: [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
-                for name, hint in get_type_hints(PersimmonConfig).items()}
+                for name, hint in get_type_hints(PersimmonConfig, vars()).items()}
 CONFIG_RANGES = {  # lowest and highest, or all strings; other numbers go from 1e-30 to 2**28
     "hidden_dropout": (0, 1), "attention_dropout": (0, 1), "classifier_dropout": (0, 1),
     "bos_token_id": (0, 2**28), "pad_token_id": (0, 2**28), "eos_token_id": (0, 2**28),
