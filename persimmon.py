@@ -11,7 +11,7 @@ and logits match up to rounding.
     Part I    the model, down to sampling and generate. Read from the top; you can stop at its end.
     Part II   around the model: config.json, weights, tokenizer, chat prompt, classifiers.
     Part III  the same model, faster: a. CPUs, b. int8 and int4, c. CUDA, d. several devices. You
-              can delete any of these sections, from its banner to the next: the rest still runs.
+              can delete any of a to d, from its banner to the next: the rest still runs.
 
 Shapes. Each letter means the same axis everywhere:
 
@@ -31,7 +31,7 @@ What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-lab
  4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
  5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
- 7. Ids 3 to 70002 are reserved for images and unused. They have logits too, which stay near -17.
+ 7. Ids 3 to 70002 are reserved for images and unused. Their logits stay near -17.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Hyperparameters, as in config.json; defaults are the 8B's. For new ones see CONFIG_RANGES."""
+    """Keys of config.json; defaults are the 8B's. New ones: see CONFIG_RANGES and load_config."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -115,10 +115,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
-    The new positions have the cache indices input_pos (T). None means plain causal attention: a
-    position sees itself and all before it. For another pattern, like a sliding window, always
-    return a bool mask, and build it from input_pos, as S may be larger than shown here. Its columns
-    count padding too. There are three cases; without padding, only the last one needs a mask:
+    The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
+    included. None means plain causal attention: a position sees itself and all before it. For
+    another pattern, like a sliding window, return a bool mask in all cases, made from input_pos:
+    on CUDA, S can be N. There are three cases; without padding, only the last one needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -148,7 +148,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(), since
-    in-place writes break backward. In 16 bit, a pass over T tokens rounds unlike T passes over one.
+    in-place writes break backward. In 16 bit, T tokens in one pass round unlike T passes of one.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -175,12 +175,12 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`. A pass raises it after storing its positions; you may only lower it."""
+        """Set `length`: lower, to forget positions; higher, once all layers stored new ones."""
         self.length = length
 
 
 class Attention(nn.Module):
-    """`attention` above, for H heads; q and k are normalized first, then rotated. Without the norm,
+    """The projections around `attention`. q and k are normalized, then rotated. Without the norm,
     scores can grow in training until the softmax saturates (Dehghani et al., arXiv 2302.05442).
     Source: the original's megatron/model/transformer.py."""
 
@@ -264,10 +264,10 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initial weights: matrices normal with std initializer_range; norms 1; biases 0."""
+        """Initial weights: norms 1, biases 0, all others normal with std initializer_range."""
         part = self if part is None else part
         for name, p in part.named_parameters():
-            if p.dim() == 2 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
+            if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
                 nn.init.normal_(p, std=self.config.initializer_range)
             elif p.dim() == 1:
                 nn.init.constant_(p, float(name.endswith("weight")))
@@ -298,7 +298,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # nn.Embedding() would call normal_, slow on meta. Row padding_idx gets no gradient.
+        # nn.Embedding() is slow on meta, where `load` builds models. Row padding_idx: no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -356,7 +356,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample = None, sample  # assign to replace; it hides a method of that name
+        self.engine, self.sample = None, sample  # engine: see engine_for; sample: yours to replace
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -365,7 +365,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
         labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        Put -100, no label, at padding and the first token after it. Rest: PersimmonModel.forward.
+        Put -100, no label, at padding and at a text's first token. Rest: PersimmonModel.forward.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -373,8 +373,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is all
         loss = None
         if labels is not None:
-            shifted = logits[:, :-1].flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten())
+            predicted = logits[:, :-1].flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(predicted, labels[:, 1:].flatten())
         return HeadOutput(loss, logits)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
@@ -385,8 +385,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
             if "max_new_tokens" in options or max_length <= input_ids.shape[1]:
                 raise ValueError("give max_new_tokens or a max_length, which counts the prompt too")
             options["max_new_tokens"] = max_length - input_ids.shape[1]
-        steps = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
-        return torch.cat((input_ids, torch.tensor(steps, device=input_ids.device).T), dim=1)
+        new = [step.tokens for step in generate(self, input_ids, attention_mask, **options)]
+        return torch.cat((input_ids, torch.tensor(new, device=input_ids.device).T), dim=1)
 
     def train(self, mode: bool = True) -> PersimmonForCausalLM:
         """As in nn.Module. Training drops the engine, whose copies of weights become stale."""
@@ -414,8 +414,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     if top_k > 0 or top_p < 1:
         total = logits.exp().sum(-1, keepdim=True)  # (B, 1)
         if logits.device.type == "cpu" and logits.shape[1] > 1024:
-            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. It
-            # may have dropped equals of the smallest of these, so only larger ones are sure.
+            # Sorting all logits takes 30 ms, topk takes 1 ms, and 1024 are nearly always enough. Of
+            # logits equal to the smallest, topk may leave some out: only larger ones are sure.
             top_ids = logits.topk(1024).indices.sort().values  # equal logits stay in order of ids
             top = logits.gather(1, top_ids)
             is_sure = top > top.amin(-1, keepdim=True)
@@ -440,7 +440,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
     u = 1 - torch.stack(random)  # (B, 1)
     choice = torch.searchsorted(cumsum, u * cumsum[:, -1:])  # (B, 1)
-    choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1); for NaN, it is past the end
+    choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1); with NaN logits, it is V
     return ids.gather(-1, choice)[:, 0]
 
 
@@ -452,8 +452,7 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """How `generate` runs a model. This one just calls it; those of Part III are faster. They may
-    replace the `forward` of modules, but only during a pass."""
+    """How `generate` runs a model. This one just calls it; those of Part III are faster."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         self.model = model
@@ -463,11 +462,12 @@ class Engine:
         return KVCache(self.model.config, B, N, self.model.dtype, device or self.model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits (B, V) in float32 after the last of ids (B, T); mask is (B, S) or wider."""
+        """Logits (B, V) in float32 after the last of ids (B, T); the next call may overwrite them.
+        mask is (B, S) or wider."""
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    prefill = decode = next_logits  # the prompt; then one token per row. Override each of them
+    prefill = decode = next_logits  # the prompt; then one token per row. Subclasses override these
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
@@ -502,7 +502,7 @@ def check_options(**options: float) -> None:
 
 
 def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Prompts (B, T) and mask with all padding moved to the front: every row continues at T."""
+    """Prompts (B, T) and mask, with padding moved to the front. ValueError for unusable prompts."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"the prompt is {tuple(ids.shape)}: it has to be (B, T), with T > 0")
     if ids.min() < 0 or ids.max() >= vocab_size:
@@ -527,8 +527,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
     seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
-    already holds the start of an unpadded prompt, still pass the whole prompt: only the rest is
-    computed. A row ends for one of these reasons:
+    already holds the start of an unpadded prompt, still pass all of it: only the rest is computed,
+    and the start is not compared. A row ends for one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -536,11 +536,11 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The first step raises ValueError for options out of range and for prompts that are empty, have
     ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
     """
-    seed = torch.Generator().seed() % 2**62 if seed is None else seed  # in check_options' range
+    seed = torch.Generator().seed() % 2**62 if seed is None else seed  # room for + b
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                   min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     config, context = model.config, model.config.max_position_embeddings
-    device = model.device if model.device.type != "meta" else input_ids.device  # offloaded weights
+    device = model.device if model.device.type != "meta" else input_ids.device  # meta: offloaded
     ids, mask = pad_left(input_ids.to(device, torch.long), attention_mask, config.vocab_size)
     B, T = ids.shape
     lengths = mask.sum(1).tolist()  # of the prompts, without padding
@@ -672,8 +672,8 @@ def checked_config(**values: Any) -> PersimmonConfig:
 
 def load_config(folder: str | Path) -> PersimmonConfig:
     """The config in config.json, as the hub had it in 2023 or as transformers 5 writes it. An
-    eos_token_id in generation_config.json wins. ValueError if config.json asks for anything but
-    Persimmon; keys that change no result (use_cache, ...) are ignored."""
+    eos_token_id in generation_config.json wins. ValueError for fields and keys of `required` with
+    values that a Persimmon can't have; other keys (use_cache, ...) are ignored."""
     settle(Path(folder))  # a save may have been interrupted
     values, rope = read_json(Path(folder) / "config.json"), {}
     for key in ("rope_scaling", "rope_parameters"):  # 2023's, often null, and transformers 5's
@@ -1109,7 +1109,8 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 #
 # An engine replaces the `forward` of modules, but only during its own passes, and only if they are
 # unmodified. Code that repeats what Part I computes is first compared with it, so you can edit
-# Part I: on CUDA the model's own blocks are compared, on CPUs attention to random keys and values.
+# Part I: on CUDA the model's own blocks are compared, on CPUs attention to random keys and values,
+# and by `parallelize` the first two blocks.
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1308,14 +1309,14 @@ class TransposedKVCache(KVCache):
         q's dtype. The output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
-        if not has_one_mask or not q.shape == k.shape == v.shape == (B, H, T, D):
+        P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
+        if not has_one_mask or N % P or not q.shape == k.shape == v.shape == (B, H, T, D):
             return super().attend(layer, q, k, v, mask)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
         if T > 1:  # SDPA is slow with transposed keys; those of a prompt are at hand
             k = k if T == S else keys[:, :, :S].contiguous()  # (B, H, S, D)
             return attention(q, k, values[:, :, :S], mask)
-        P = min(N, self.block)
         blocks = -(-S // P)  # the last one may hold positions beyond S
         table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
         arange = partial(torch.arange, dtype=torch.int32, device=q.device)  # faster than int64
@@ -2112,10 +2113,10 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """A value that changes when a module, a hook, or the address of a parameter or buffer does."""
+    """A value that changes when a module, a hook, a parameter or a buffer does."""
     return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
              *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
-             *[(type(p), p is None or p.data_ptr())
+             *[(type(p), p is None or (p.data_ptr(), p.is_inference() or p._version))
                for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
 
 
@@ -2197,6 +2198,7 @@ class CudaEngine(TableEngine):
                   ((StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
         for name in ("keys", "values"):
             content = getattr(caches[0], name).normal_(generator=random).clone()
+            content[:, :, ::2] *= 16 if name == "keys" else 1  # large scores show a clamp
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
                 one.crop(max(0, N - T - 1))  # where S is not N in any other pass
@@ -2269,7 +2271,7 @@ class CudaEngine(TableEngine):
                     step()  # first without capture: kernels compile, libraries allocate memory
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):  # first waits for the whole device
+                with torch.cuda.graph(graph, stream=stream):
                     logits = step()
         finally:
             cache.is_capturing = False
@@ -2338,17 +2340,29 @@ class ParallelForCausalLM(PersimmonForCausalLM):
 def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     """Cut the model down to this process's share, in place; it then has no gradients. Before that,
     keep weights on the CPU, mapped from the file: then only the share is ever in memory. ValueError
-    if sizes are no multiples of n; discard the model then, as it may be half cut. model.config
-    has the share's sizes afterwards, model.model.config the whole ones."""
+    if sizes are no multiples of n, or if the first two blocks compute something else afterwards, as
+    after an edit of MLP; discard the model then, as it may be half cut. model.config has the
+    share's sizes afterwards, model.model.config the whole ones."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=20))  # others wait while you type
     n, rank, config, linears = dist.get_world_size(), dist.get_rank(), model.config, []
     if type(model) is not PersimmonForCausalLM:
         raise ValueError(f"parallelize takes a PersimmonForCausalLM, not a {type(model).__name__}")
+    model.requires_grad_(False)  # the sum has no derivative
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % n != 0:
             raise ValueError(f"{name} = {getattr(config, name)} is not a multiple of {n} processes")
+
+    def results() -> list[Tensor]:
+        """What attention and MLP of the first two blocks make of three random positions."""
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 3, config.hidden_size, generator=random).to(model.device, model.dtype)
+        rope = rope_tables(torch.arange(3, device=x.device)[None], config, x.dtype)
+        return [y for block in model.model.layers[:2]
+                for y in (block.self_attn(x, rope, None, None), block.mlp(x))]
+
+    whole = results()
     for block in model.model.layers:
         layer, mlp = block.self_attn, block.mlp
         if (type(layer), type(mlp)) != (Attention, MLP):
@@ -2380,7 +2394,11 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
                            hidden_size=config.hidden_size // n)  # for the cache
     model.__class__ = ParallelForCausalLM
-    return model.requires_grad_(False)  # the sum has no derivative
+    for one, sum_of_shares in zip(whole, results()):
+        if not (sum_of_shares - one).norm() <= 0.05 * one.norm():
+            raise ValueError("the sum of shares is another result: parallelize knows only the "
+                             "Attention and MLP that persimmon.py had")
+    return model
 
 
 __all__ += ["parallelize"]
