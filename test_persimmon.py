@@ -11,6 +11,7 @@ of zero would hide that two norms are swapped or a bias is lost. All axes of a m
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import argparse
 import copy
 import json
@@ -22,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from torch.utils.benchmark import Timer
 
 import persimmon
 from persimmon import (
@@ -56,55 +59,33 @@ def machine_speed(device: str, dtype: torch.dtype) -> tuple[float, float]:
     size, repeats = (4096, 1) if device == "cpu" else (8192, 16)  # a GPU takes orders in advance
     a, b = torch.randn(2, size, size, device=device).to(dtype)
 
-    def best(*works) -> float:
-        """Seconds of the quickest of these, tried four times each."""
-        seconds = []
-        for work in works * 4:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                result = work()
-            result.flatten()[0].item()  # waits for the device
-            seconds.append((time.perf_counter() - start) / repeats)
-        return min(seconds)
+    def best(*works: Callable) -> float:
+        timers = [Timer("work()", globals={"work": f}, num_threads=torch.get_num_threads()) for f in works * 4]
+        return min(timer.timeit(repeats).median for timer in timers)
 
     read = best(data.sum, data.view(torch.int64).sum, data.amax, data.view(torch.int32).amax)
     return data.nbytes / read / 1e9, 2 * size**3 / best(lambda: a @ b) / 1e12
 
 
 def bytes_read(model: PersimmonForCausalLM, ids: torch.Tensor) -> float:
-    """Bytes of weights that a pass reads for one token a row, ids (B, 1).
+    """Bytes of weights that a pass reads for one token a row, ids (B, 1). That is all but the embedding, and of the
+    down-projection where its zeros are skipped: in a table of the engine's, or in int8."""
+    tables, skipped = getattr(engine_for(model), "tables", {}), [model.model.embed_tokens.weight.nbytes]
+    downs = {m.dense_4h_to_h for m in model.modules() if isinstance(m, MLP) and (not ids.is_cuda or len(ids) == 1)}
 
-    That is all but the embedding, and of the down-projection where its zeros are skipped: in a
-    table of the engine's, or in int8.
-    """
-    nonzero: dict[torch.nn.Module, float] = {}
-    downs = [m.dense_4h_to_h for m in model.modules() if isinstance(m, MLP)]
-    hooks = [m.register_forward_pre_hook(lambda m, x: nonzero.update(
-        {m: x[0].count_nonzero().item() / x[0].shape[-1]})) for m in downs]
-    with torch.no_grad():
+    def count(m: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if m in downs and (m in tables or type(m) is not torch.nn.Linear):
+            skipped.append(m.weight.nbytes * max(0.0, 1 - inputs[0].count_nonzero().item() / inputs[0].shape[-1]))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(count), torch.no_grad():
         model(ids)
-    for hook in hooks:
-        hook.remove()
-    tables = getattr(engine_for(model), "tables", {})
-    total = sum(x.nbytes for x in model.state_dict().values())
-    total -= model.model.embed_tokens.weight.nbytes
-    for m in downs:
-        is_sparse = m in tables or type(m) is not torch.nn.Linear
-        is_sparse &= ids.device.type == "cpu" or len(ids) == 1
-        total -= m.weight.nbytes * max(0.0, 1 - nonzero[m]) * is_sparse
-    return total
+    return sum(x.nbytes for x in model.state_dict().values()) - sum(skipped)
 
 
-def bench(argv: list[str]) -> int:
-    """Print a row for each test, as it has been measured, in the manner of llama-bench.
-
-    ppT reads a prompt of T tokens; tgN @ S writes N tokens, greedily, after S that the cache holds
-    (zeros on a CPU, which makes no difference to the time there); x B means B texts at once, whose
-    tokens count together. A prompt's time is that of arithmetic: TFLOP/s counts matrices and
-    attention. A token's time is that of reading memory: GB/s counts weights and cache.
-    """
-    parser = argparse.ArgumentParser(prog="test_persimmon.py bench", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def bench(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Print a row for each test, in the manner of llama-bench. ppT reads a prompt of T tokens; tgN @ S writes N tokens,
+    greedily, after S that the cache holds (zeros on a CPU, which makes no difference to the time there); x B means B
+    texts at once, whose tokens count together. TFLOP/s counts matrices and attention, GB/s weights and cache."""
     parser.add_argument("-m", "--model", type=Path, default=Path(__file__).with_name("tiny"))
     parser.add_argument("--random", metavar="8b[:L]", help="random weights, L layers if not 36")
     parser.add_argument("--density", type=float, default=0.5, help="activations not zero, in these")
@@ -120,21 +101,17 @@ def bench(argv: list[str]) -> int:
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("--probe", action="store_true", help="only measure the machine")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     dtype = getattr(torch, args.dtype.replace("auto", "bfloat16"))
     if args.probe:
         print(json.dumps(machine_speed(args.device, dtype)))
         return 0
     # In a process of its own, so that its 2.1 GB are not part of this one's peak.
-    probe = [sys.executable, __file__, "bench", "--probe", *argv]
-    output = subprocess.run(probe, stdout=subprocess.PIPE, check=True).stdout
-    limit = dict(zip(("GB/s", "TFLOP/s"), json.loads(output.splitlines()[-1])))
-    options = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize}
-    if args.random:
-        model = random_model(int(args.random[3:] or 36), args.density, **options)
-    else:
-        model = PersimmonForCausalLM.from_pretrained(args.model, **options)
+    output = subprocess.run([sys.executable, __file__, "bench", "--probe", *argv], stdout=subprocess.PIPE, check=True)
+    limit = dict(zip(("GB/s", "TFLOP/s"), json.loads(output.stdout.splitlines()[-1])))
+    shape = [int(args.random[3:] or 36), args.density] if args.random else [args.model]
+    load = random_model if args.random else PersimmonForCausalLM.from_pretrained
+    model = load(*shape, dtype=args.dtype, device=args.device, quantize=args.quantize)
     model.fast, config = not args.plain, model.config
     weight, L = model.model.embed_tokens.weight, config.num_hidden_layers
     C, F, context = config.hidden_size, config.intermediate_size, config.max_position_embeddings
@@ -144,65 +121,61 @@ def bench(argv: list[str]) -> int:
           f" reads {limit['GB/s']:.1f} GB/s and multiplies {limit['TFLOP/s']:.2f} TFLOP/s.\n\n"
           f"{'test':20}{'tok/s':>10}{'+-':>8}{'that is':>18}{'of the machine':>17}", flush=True)
 
-    def measure(T: int, S: int, n: int, B: int) -> None:
-        """Time and print: n tokens after a prompt of T of which the cache holds S, B times."""
-        title = (f"pp{T}" if n == 1 else f"tg{n} @ {S}") + f" x {B}" * (B > 1)
+    def measure(T: int, S: int, n: int, B: int) -> str:  # of n tokens after a prompt of T of which S are cached
         cached = 2 * L * C * weight.itemsize * B  # bytes of a position
-        reason, size = "", cached * (T + n)
         if T + n > context:
-            reason = f"the context is {context}"
-        elif args.device == "cpu" and size > persimmon.available_memory(weight.device):
-            reason = f"its cache takes {size / 1e9:.1f} GB, more than is free"
-        if reason:
-            return print(f"{title:20}left out: {reason}", flush=True)
+            return f"left out: the context is {context}"
+        if args.device == "cpu" and (size := cached * (T + n)) > persimmon.available_memory(weight.device):
+            return f"left out: its cache takes {size / 1e9:.1f} GB, more than is free"
         ids, speeds = torch.full((B, T), 71), []
         try:
             cache = engine_for(model).make_cache(B, T + n)
             for block in (cache.keys, cache.values) if S else ():  # a GPU multiplies zeros faster
                 block.normal_() if block.is_cuda else block.zero_()
-            for run in range(args.repetitions + 1):  # the first one is to warm up
+            for _ in range(args.repetitions + 1):
                 cache.crop(S)
                 times = [time.perf_counter()]
                 for _ in generate(model, ids, max_new_tokens=n, stop_ids=(), cache=cache):
                     times.append(time.perf_counter())
-                seconds = times[1] - times[0] if n == 1 else (times[-1] - times[2]) / (n - 2)
-                speeds += [B * (T if n == 1 else 1) / seconds] * (run > 0)
+                speeds.append(B * T / (times[1] - times[0]) if n == 1 else B * (n - 2) / (times[-1] - times[2]))
         except torch.OutOfMemoryError:
-            return print(f"{title:20}left out: out of memory", flush=True)
-        mean = statistics.mean(speeds)
-        spread = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
+            return "left out: out of memory"
+        mean = statistics.mean(speeds[1:])  # the first run is to warm up
+        spread = statistics.stdev(speeds[1:]) if args.repetitions > 1 else 0.0
         unit, work = "TFLOP/s", 2 * L * (4 * C * C + 2 * F * C + C * T) / 1e12  # of a token
         if n > 1:
-            read = bytes_read(model, ids[:, :1].to(weight.device)) + cached * (S + n / 2)
-            unit, work = "GB/s", read / B / 1e9
-        print(f"{title:20}{mean:10.2f}{spread:8.2f}{mean * work:10.2f} {unit:7}"
-              f"{mean * work / limit[unit]:17.0%}", flush=True)
+            unit = "GB/s"
+            work = (bytes_read(model, ids[:, :1].to(weight.device)) + cached * (S + n / 2)) / B / 1e9
+        return f"{mean:10.2f}{spread:8.2f}{mean * work:10.2f} {unit:7}{mean * work / limit[unit]:17.0%}"
 
     try:
         for B in args.batch_size:
-            for T in args.n_prompt:
-                measure(T, 0, 1, B)
-            for S in args.n_depth:
-                measure(S + 1, S, args.n_gen, B)
+            for T, S, n in [(T, 0, 1) for T in args.n_prompt] + [(S + 1, S, args.n_gen) for S in args.n_depth]:
+                title = (f"pp{T}" if n == 1 else f"tg{n} @ {S}") + f" x {B}" * (B > 1)
+                print(f"{title:20}{measure(T, S, n, B)}", flush=True)
     except KeyboardInterrupt:
         print("stopped")
         return 130
     finally:
-        peak = peak_memory(args.device.startswith("cuda"))
-        print(f"\npeak memory {peak / 1e9:.2f} GB")
+        print(f"\npeak memory {peak_memory(args.device.startswith('cuda')) / 1e9:.2f} GB")
     return 0
 
 
-def compare_speed(argv: list[str]) -> int:
-    """Time our model and transformers' in turns, with the same random bfloat16 weights of full width.
+def logits_of(model, ids, mask=None, room: int = 299, steps: int = 3, is_plain: bool = False) -> torch.Tensor:
+    """(steps, B, V) by the model's engine, in a cache of `room`: after a prompt, and after each of the last tokens."""
+    module, T = sys.modules[type(model).__module__], ids.shape[1] - steps + 1
+    engine = module.Engine(model) if is_plain else module.engine_for(model)
+    with torch.no_grad():
+        cache = engine.make_cache(len(ids), room)
+        found = [engine.prefill(ids[:, :T], mask, cache).clone()]
+        return torch.stack(found + [engine.decode(x, mask, cache).clone() for x in ids[:, T:, None].unbind(1)])
 
-    Prints medians over the rounds: of the time to the first token, which reads the prompt, and of each later one. Last,
-    how far logits are from those of transformers.
-    """
+
+def compare_speed(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Time our model and transformers' in turns, with the same random bfloat16 weights of full width: medians for the
+    first token, which reads the prompt, and for each later one. Last, how far logits are from those of transformers."""
     import transformers
 
-    parser = argparse.ArgumentParser(prog="test_persimmon.py compare", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=5)
@@ -210,12 +183,11 @@ def compare_speed(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     is_cuda = args.device == "cuda"
     torch.manual_seed(0), torch.set_grad_enabled(False)
-    config = PersimmonConfig(num_hidden_layers=args.layers, vocab_size=args.vocab_size, bos_token_id=1,
-                             eos_token_id=None)
+    config = PersimmonConfig(args.vocab_size, num_hidden_layers=args.layers, bos_token_id=1, eos_token_id=None)
     raw = {name: value for name, value in config_to_dict(config).items() if "type" not in name}
     with torch.device(args.device):
         theirs = transformers.PersimmonForCausalLM._from_config(
-            transformers.PersimmonConfig(**raw), dtype=torch.bfloat16).eval()  # fmt: skip
+            transformers.PersimmonConfig(**raw), dtype=torch.bfloat16).eval()
     with torch.device("meta"):
         ours = PersimmonForCausalLM(config).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)  # the same tensors
@@ -236,57 +208,51 @@ def compare_speed(argv: list[str]) -> int:
         for tokens in (1, n):
             start = time.perf_counter()
             theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                            pad_token_id=0, **options).sum().item()  # fmt: skip
+                            pad_token_id=0, **options).sum().item()
             seconds.append(time.perf_counter() - start)
         return seconds[0], (seconds[1] - seconds[0]) / (n - 1)
 
     set_density(0.5)
     ways: dict[str, Callable] = {"transformers": their_times, "persimmon.py": our_times}
     if is_cuda:  # it compiles the model for this one
-        ways["transformers, static cache"] = lambda *a: their_times(*a, cache_implementation="static")
+        ways["transformers, static cache"] = partial(their_times, cache_implementation="static")
         tests = [(128, 1), (2048, 1), (8192, 1), (16000, 1), (128, 16), (2048, 16)]
     else:
         plain = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})  # has the same weights
-        plain.fast = False
-        others = {"--plain": plain}
-        for kind, size in (("int8", 128), ("int4", 32), ("int4", 128)):
-            others[f"{kind}, groups of {size}"] = quantize_model(copy.deepcopy(ours), kind, size)
+        plain.fast, tests = False, [(512, 1)]
         ways["90% zeros"] = lambda *a: (set_density(0.1), our_times(*a), set_density(0.5))[1]
-        ways |= {name: lambda *a, model=model: our_times(*a, model) for name, model in others.items()}
-        tests = [(512, 1)]
+        ways["--plain"] = partial(our_times, model=plain)
+        for kind, size in (("int8", 128), ("int4", 32), ("int4", 128)):
+            quantized = quantize_model(copy.deepcopy(ours), kind, size)
+            ways[f"{kind}, groups of {size}"] = partial(our_times, model=quantized)
     print(f"full width, {args.layers} layers, vocabulary {args.vocab_size}, random weights, bfloat16, half zeros, "
-          f"{torch.cuda.get_device_name() if is_cuda else f'{torch.get_num_threads()} threads'}; "
-          f"torch {torch.__version__}, transformers {transformers.__version__}; {args.rounds} rounds",
-          flush=True)  # fmt: skip
+          f"{torch.cuda.get_device_name() if is_cuda else f'{torch.get_num_threads()} threads'}; torch "
+          f"{torch.__version__}, transformers {transformers.__version__}; {args.rounds} rounds", flush=True)
     for T, B in tests:
-        names = [name for name in ways if "static" not in name or (T, B) == tests[0]]
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        for _ in range(args.rounds + 1):  # the first one is to warm up
-            for name in names:
-                times[name].append(ways[name](all_ids[:B, :T], 33 if is_cuda else 18))
-        for name in names:
-            first, each = map(statistics.median, zip(*times[name][1:]))
-            ratio = statistics.median(b[1] / a[1] for a, b in zip(times[name][1:], times["transformers"][1:]))
+        times = {name: [] for name in ways if "static" not in name or (T, B) == tests[0]}
+        for _ in range(args.rounds + 1):
+            for name, found in times.items():
+                found.append(ways[name](all_ids[:B, :T], 33 if is_cuda else 18))
+        for name, (_, *found) in times.items():  # the first round is to warm up
+            first, each = map(statistics.median, zip(*found))
+            ratio = statistics.median(b[1] / a[1] for a, b in zip(found, times["transformers"][1:]))
             print(f"{B:2} x {T:5}  {name:27} first token {1e3 * first:8.1f} ms, then {1e3 * each:8.2f} ms a step, "
-                  f"{ratio:5.2f} x transformers", flush=True)  # fmt: skip
-    engine, ids = engine_for(ours), all_ids[:1, :48]
-    cache = engine.make_cache(1, 300)
-    single = [engine.prefill(ids[:, :1], None, cache).clone()]
-    engine.prepare()
-    single += [engine.decode(ids[:, n : n + 1], None, cache).clone() for n in range(1, 48)]
-    expected, whole = theirs(ids).logits.float(), ours(ids).logits.float()
-    a, b = ((logits - expected).square().mean().sqrt() for logits in (torch.stack(single, 1), whole))
+                  f"{ratio:5.2f} x transformers", flush=True)
+    ids = all_ids[:1, :48]
+    expected, whole, single = theirs(ids).logits.float(), ours(ids).logits, logits_of(ours, ids, steps=48)
+    a, b = ((logits - expected).square().mean().sqrt() for logits in (single.transpose(0, 1), whole))
     print(f"logits (their standard deviation is {expected.std():.3f}), root mean square of what differs from "
-          f"transformers: {a:.4f} token by token, {b:.4f} in one go")  # fmt: skip
+          f"transformers: {a:.4f} token by token, {b:.4f} in one go")
     return 0
 
 
 def main(argv: list[str]) -> int:
     command, *options = argv or [""]
     if command in ("bench", "compare"):
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bench | head` ends without a traceback
-        return (bench if command == "bench" else compare_speed)(options)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bench | head` ends without a traceback
+        parser = argparse.ArgumentParser(prog=f"test_persimmon.py {command}", allow_abbrev=False,
+                                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        return (bench if command == "bench" else compare_speed)(parser, options)
     if command == "all":
         pytest_command = [sys.executable, "-m", "pytest", __file__, *options]
         return subprocess.run(pytest_command, env={**os.environ, "PERSIMMON_ALL": "1"}).returncode
@@ -299,16 +265,35 @@ if __name__ == "__main__":
 
 # --- what the tests share --------------------------------------------------------------------------------------------
 
-# ruff: noqa: E401, E402
-
-import ast, contextlib, gzip, hashlib, importlib.util, io, itertools, math, pickle, pty
-import random, re, runpy, select, shlex, shutil, socket, tarfile, threading, warnings, weakref, zipfile
+import ast
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import math
+import pickle
+import pty
+import random
+import re
+import runpy
+import select
+import shlex
+import shutil
+import socket
+import tarfile
+import warnings
+import weakref
+import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import partial
-from unittest.mock import Mock, patch
+from unittest.mock import MagicMock, Mock
 
-import numpy, pytest, sentencepiece, transformers
+import numpy
+import pytest
+import sentencepiece
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -323,11 +308,10 @@ import convert
 import sample as sample_script
 from persimmon import (
     Attention, CpuEngine, CudaEngine, Engine, Int4Linear, Int8Linear, Int8SparseLinear, KVCache,
-    PersimmonForSequenceClassification, PersimmonForTokenClassification, PersimmonModel, QuantizedLinear, StaticCache,
-    StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask, chat_prompt,
-    cpu_linear, fused_attend, fused_linear, fused_sparse_linear, is_as_exact, is_unmodified, load_config, nonzero_bags,
-    replaced_forward, rope_tables, sample, write_safetensors,
-)
+    PersimmonForSequenceClassification as OfText, PersimmonForTokenClassification as OfToken, PersimmonModel,
+    QuantizedLinear, StaticCache, StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask,
+    chat_prompt, cpu_linear, fused_attend, fused_linear, fused_sparse_linear, is_as_exact, is_unmodified, load_config,
+    nonzero_bags, replaced_forward, rope_tables, sample, write_safetensors)
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny"
@@ -342,15 +326,15 @@ CONFIGS = {  # V, C, F, L, H and the context; no two sizes of a model are equal
     "D64": PersimmonConfig(151, 128, 208, 3, 2, 180, bos_token_id=1, eos_token_id=None),
     "no QK-norm, other RoPE": PersimmonConfig(
         101, 120, 88, 2, 5, 170, bos_token_id=1, eos_token_id=None, qk_layernorm=False, rope_theta=1000.0,
-        partial_rotary_factor=0.25, layer_norm_eps=1e-3),
-}
+        partial_rotary_factor=0.25, layer_norm_eps=1e-3)}
 CONFIG = CONFIGS["D16"]
+SHORT = replace(CONFIG, num_hidden_layers=1)
+HEADS = PersimmonForCausalLM, OfText, OfToken
 B, T = 2, 71  # longer than 64 positions, where RoPE's slow pairs have begun to turn
 # What processors have of what cpu_has asks for. In float16 AMX is of no use.
 PROCESSORS = {"AMX": ("amx_tile", "avx512_bf16"), "Zen 4": ("avx512_bf16",), "other": ()}
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-runs_kernel = pytest.mark.skipif(DEVICE == "cpu" and not IS_INTERPRETED, reason="no GPU; in the interpreter they do")
 
 
 def every(values, few):
@@ -368,16 +352,12 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def write_config(folder: Path, config: PersimmonConfig, form: str) -> None:
-    """config.json as the hub had it in 2023, where 0.5 was understood, or as transformers 5 writes it."""
+def write_config(folder: Path, config: PersimmonConfig) -> None:
+    """config.json as the hub had it in 2023, where a partial_rotary_factor of 0.5 was understood."""
     raw = {key: value for key, value in config_to_dict(config).items() if not re.search("rope|rotary|dtype", key)}
-    rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
-    if form == "2023":
-        raw |= {key: value for key, value in rope.items() if value != 0.5}
-        raw |= {"torch_dtype": "float32", "rope_scaling": None, "pretraining_tp": 1, "rms_norm_eps": 1e-6,
-                "num_key_value_heads": config.num_attention_heads}
-    else:
-        raw |= {"dtype": "float32", "rope_parameters": {**rope, "rope_type": "default"}}
+    raw |= {"rope_theta": config.rope_theta, "torch_dtype": "float32", "rope_scaling": None, "pretraining_tp": 1,
+            "rms_norm_eps": 1e-6, "num_key_value_heads": config.num_attention_heads}
+    raw |= {"partial_rotary_factor": config.partial_rotary_factor} if config.partial_rotary_factor != 0.5 else {}
     (folder / "config.json").write_text(json.dumps(raw))
 
 
@@ -388,27 +368,25 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """A folder for each config and form of config.json, written without save_pretrained."""
-    made = {}
-    for name, config in CONFIGS.items():
-        state = randomize(PersimmonForCausalLM(config)).state_dict()
-        for form in ("2023", "transformers 5"):
-            folder = made[name, form] = tmp_path_factory.mktemp("model")
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            write_config(folder, config, form)
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each config, written without save_pretrained."""
+    made = {name: tmp_path_factory.mktemp("model") for name in CONFIGS}
+    for name, folder in made.items():
+        state = randomize(PersimmonForCausalLM(CONFIGS[name])).state_dict()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        write_config(folder, CONFIGS[name])
     return made
 
 
 @pytest.fixture
 def folder(folders, tmp_path) -> Path:
     """A copy of a model's folder, to be damaged."""
-    return Path(shutil.copytree(folders["D16", "2023"], tmp_path / "model"))
+    return Path(shutil.copytree(folders["D16"], tmp_path / "model"))
 
 
 @pytest.fixture
 def small(folders) -> PersimmonForCausalLM:
-    return PersimmonForCausalLM.from_pretrained(folders["D16", "2023"])
+    return PersimmonForCausalLM.from_pretrained(folders["D16"])
 
 
 def oracle(folder: Path, **options) -> transformers.PersimmonForCausalLM:
@@ -418,8 +396,7 @@ def oracle(folder: Path, **options) -> transformers.PersimmonForCausalLM:
 @pytest.fixture(scope="session", params=CONFIGS)
 def models(request, folders) -> tuple[PersimmonForCausalLM, transformers.PersimmonForCausalLM]:
     """The same weights as our model and as transformers'."""
-    folder = folders[request.param, "transformers 5"]
-    return PersimmonForCausalLM.from_pretrained(folder), oracle(folder)
+    return PersimmonForCausalLM.from_pretrained(folders[request.param]), oracle(folders[request.param])
 
 
 @pytest.fixture(params=["plain", "CPU", "CUDA"])
@@ -441,7 +418,6 @@ def new_cache(config, rows: int, length: int, kind: type[KVCache] = KVCache, dty
 
 
 def refuses(message: str, work: Callable, *args, error=ValueError, **options) -> None:
-    """The call work(*args, **options) has to raise the error, with this in its message."""
     with pytest.raises(error, match=message):
         work(*args, **options)
 
@@ -455,13 +431,15 @@ def use_cpu_engine(monkeypatch, processor: str = "Zen 4") -> None:
     monkeypatch.setattr(CpuEngine, "large", 0)
     monkeypatch.setattr(persimmon, "cpu_has", lambda feature: feature in PROCESSORS[processor])
     monkeypatch.setattr(TransposedKVCache, "block", 8)
+    kind = KVCache if processor == "AMX" else TransposedKVCache
     monkeypatch.setattr(CpuEngine, "make_cache", lambda self, rows, N, device=None: new_cache(
-        self.model.config, rows, N, KVCache if processor == "AMX" else TransposedKVCache,
-        self.model.lm_head.weight.dtype))
+        self.model.config, rows, N, kind, self.model.dtype))
 
 
 def use_interpreter(module: ModuleType, monkeypatch) -> None:
     """Prepares `module`, persimmon or a copy of it, and Triton's interpreter for one another."""
+    if not IS_INTERPRETED:
+        pytest.skip("no GPU; test_kernels_in_the_interpreter runs it")
     from triton import language
     from triton.runtime import interpreter
 
@@ -499,18 +477,17 @@ class RecordedGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
-def without_gpu(monkeypatch) -> None:
+def without_gpu(monkeypatch, module: ModuleType = persimmon) -> None:
     """CudaEngine and StaticCache take the CPU for a GPU with 3 SMs."""
     if DEVICE == "cuda":
         return
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    for name in ("device", "device_of", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
-    for name in ("current_stream", "Stream", "get_device_properties"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: Mock(multi_processor_count=3))
+    for name in ("device", "device_of", "stream", "current_stream", "Stream", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock(multi_processor_count=3))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
-    monkeypatch.setitem(persimmon.ENGINES, "cpu", CudaEngine)
+    monkeypatch.setattr(module, "nonzero_bags", lambda *_: None)  # as off the CPU
+    monkeypatch.setitem(module.ENGINES, "cpu", module.CudaEngine)
 
 
 def plain_linear(linear, x, norm=None, residual=None, square=False) -> torch.Tensor:
@@ -540,10 +517,8 @@ def use_cuda_engine(monkeypatch) -> Counter:
     """CudaEngine with PyTorch's operators in place of the kernels, and how often they were called."""
     calls = Counter()
     without_gpu(monkeypatch)
-    monkeypatch.setattr(persimmon, "nonzero_bags", lambda *_: None)  # as off the CPU
     monkeypatch.setattr(persimmon, "triton_kernels", lambda: {})
-    monkeypatch.setattr(persimmon, "fused_attend", lambda *a: calls.update(["fused_attend"]) or plain_attend(*a))
-    for name in ("fused_linear", "fused_sparse_linear"):
+    for name in ("fused_attend", "fused_linear", "fused_sparse_linear"):
         monkeypatch.setattr(persimmon, name, lambda *args, _name=name, **options:
                             calls.update([_name]) or globals()[_name.replace("fused", "plain")](*args, **options))
     return calls
@@ -556,9 +531,6 @@ def use_engine(monkeypatch, model: PersimmonForCausalLM, kind: str) -> None:
 
 
 # === Part I. The model ===============================================================================================
-HEADS = (PersimmonForCausalLM, PersimmonForSequenceClassification, PersimmonForTokenClassification)
-
-
 @pytest.mark.parametrize("kind", HEADS)
 def test_init_weights(kind):
     """Of a new model, and of one that had other weights."""
@@ -573,25 +545,8 @@ def test_init_weights(kind):
 
 
 @torch.no_grad()
-def test_kv_cache(models):
-    """Logits of chunks of nine ids, and of the last five once more, are those of one pass without a cache."""
-    model, ids = models[0], random_ids(models[0].config, length=9)
-    for chunks, padding in itertools.product(((5, 1, 3), (1, 1, 7), (9,), (2, 7)), (0, 2)):
-        cache, mask = new_cache(model.config, B, 9), torch.ones(B, 9).long()
-        mask[1, :padding] = 0
-        whole = model(ids, mask if padding else None).logits
-        for start, end in [*itertools.pairwise(itertools.accumulate(chunks, initial=0)), (4, 9)]:
-            cache.crop(start)
-            part = model(ids[:, start:end], mask[:, :end] if padding else None, cache=cache).logits
-            kept = mask[:, start:end] == 1
-            assert close(part[kept], whole[:, start:end][kept], 1e-5) and cache.length == end
-    assert all(causal_mask(torch.arange(5 - T, 5), 5, None) is None for T in (1, 5))  # which SDPA does faster
-    assert causal_mask(torch.arange(9), 9, mask).any(-1).all()  # on a GPU, a row that sees nothing would be NaN
-
-
-@torch.no_grad()
 def test_logits_and_loss_are_those_of_transformers(models):
-    """Of ids and embeddings, with far and other positions, and with padding on either side."""
+    """Of ids and embeddings, with far and other positions, and with padding on either side; in bfloat16, as exact."""
     ours, theirs = models
     assert theirs.config.rope_parameters["rope_theta"] == ours.config.rope_theta  # parity of wrong ones is none
     ids, embeds = random_ids(ours.config), torch.randn(B, T, ours.config.hidden_size)
@@ -599,6 +554,8 @@ def test_logits_and_loss_are_those_of_transformers(models):
     labels[0, :20], mask[0, :13], mask[1, 60:] = -100, 0, 0
     a, b = ours(ids, labels=labels), theirs(ids, labels=labels)
     assert close(a.logits, b.logits) and close(a.loss, b.loss) and b.logits.std() > 0.3
+    rms = [distance(copy.deepcopy(model).bfloat16()(ids).logits.float(), b.logits) for model in models]
+    assert 0 < rms[0] <= 1.1 * rms[1], rms
     assert close(ours(ids, logits_to_keep=3).logits, b.logits[:, -3:])
     assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
     far, scattered = torch.arange(16000, 16000 + T)[None], torch.arange(T)[None] * 3
@@ -606,41 +563,42 @@ def test_logits_and_loss_are_those_of_transformers(models):
     # transformers takes a jump in position_ids for a new sequence, unless there is a mask
     c = theirs(ids, position_ids=scattered, attention_mask=torch.ones_like(ids)).logits
     assert all(close(ours(ids, position_ids=p).logits, c) for p in (scattered, scattered.expand(B, T)))
-    assert not close(b.logits, c, 1e-2)
     a, b = ours(ids, attention_mask=7 * mask).logits, theirs(ids, attention_mask=mask).logits  # what is not 0, is 1
     assert a.isfinite().all() and close(a[mask == 1], b[mask == 1])
     mask[0, 30:40] = 0  # positions do not count padding, wherever it is
     kept = mask[0] == 1
     assert close(ours(ids, mask).logits[:1, kept], ours(ids[:1, kept]).logits)
-
-
-@torch.no_grad()
-def test_bfloat16_is_as_exact_as_transformers(models):
-    ids, rms = random_ids(models[0].config), []
-    for model in models:
-        rounded = type(model)(model.config).eval()
-        rounded.load_state_dict(model.state_dict())
-        rms.append((rounded.bfloat16()(ids).logits.float() - models[1](ids).logits).square().mean().sqrt().item())
-    assert 0 < rms[0] <= 1.1 * rms[1], rms
     exact, tables = (rope_tables(torch.tensor([[7, 4001]]), CONFIG, t) for t in (torch.float32, torch.bfloat16))
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(exact, tables))  # the angles are not rounded
+    # with a cache: of chunks of nine ids, and of the last five once more
+    for chunks, padding in itertools.product(((5, 1, 3), (1, 1, 7), (9,), (2, 7)), (0, 2)):
+        cache, ids, mask = new_cache(ours.config, B, 9), ids[:, :9], torch.ones(B, 9).long()
+        mask[1, :padding] = 0
+        whole = ours(ids, mask if padding else None).logits
+        for start, end in [*itertools.pairwise(itertools.accumulate(chunks, initial=0)), (4, 9)]:
+            cache.crop(start)
+            part = ours(ids[:, start:end], mask[:, :end] if padding else None, cache=cache).logits
+            kept = mask[:, start:end] == 1
+            assert close(part[kept], whole[:, start:end][kept], 1e-5) and cache.length == end
+    assert all(causal_mask(torch.arange(5 - T, 5), 5, None) is None for T in (1, 5))  # which SDPA does faster
+    assert causal_mask(torch.arange(9), 9, mask).any(-1).all()  # on a GPU, a row that sees nothing would be NaN
 
 
 @torch.no_grad()
 def test_forward_refuses_inputs_that_do_not_fit(small):
     ids, cache, zeros = random_ids(CONFIG, length=4), new_cache(CONFIG, 2, 9), torch.zeros
     small(random_ids(CONFIG, length=6), cache=cache)
-    for message, cases in {
-        r"attention_mask is \(2, 3\), not \(2, 4\): \(B, S\)": [(ids, zeros(2, 3))],
-        "either input_ids or inputs_embeds": [(), (ids, None, None, None, zeros(2, 4, 48))],
-        r"the embedded input is \(.*\), and has to be \(B, T, C\)": [
-            (ids[0],), *((None, None, None, None, zeros(shape)) for shape in ((2, 4, 47), (4, 48)))],
-        r"position_ids are \(.*\), not \(B, T\) = \(2, 4\)": [
-            (ids, None, zeros(shape)) for shape in ((2, 3), (1, 1), (3, 4))],
-        "2 rows of 9 positions, not 2 of 10": [(ids, None, None, cache)],
-        "2 rows of 9 positions, not 1 of 8": [(ids[:1, :2], None, None, cache)],
-        "logits_to_keep": [(ids, None, None, None, None, ids, 1), (ids, None, None, None, None, None, -1)],
-    }.items():
+    none = [None] * 4
+    for message, *cases in (
+            (r"attention_mask is \(2, 3\), not \(2, 4\): \(B, S\)", [ids, zeros(2, 3)]),
+            ("either input_ids or inputs_embeds", [], [ids, *none[1:], zeros(2, 4, 48)]),
+            (r"the embedded input is \(.*\), and has to be \(B, T, C\)",
+             [ids[0]], [*none, zeros(2, 4, 47)], [*none, zeros(4, 48)]),
+            (r"position_ids are \(.*\), not \(B, T\) = \(2, 4\)",
+             [ids, None, zeros(2, 3)], [ids, None, zeros(1, 1)], [ids, None, zeros(3, 4)]),
+            ("2 rows of 9 positions, not 2 of 10", [ids, None, None, cache]),
+            ("2 rows of 9 positions, not 1 of 8", [ids[:1, :2], None, None, cache]),
+            ("logits_to_keep", [ids, *none, ids, 1], [ids, *none, None, -1])):
         for arguments in cases:
             refuses(message, small, *arguments)
     assert cache.length == 6
@@ -666,10 +624,8 @@ def test_gradient_checkpointing():
     assert all(map(torch.equal, *results)) and kept[1] < kept[0] / 3
 
 
-# --- the shape comments, executed ------------------------------------------------------------------------------------
 def test_shape_comments(monkeypatch):
-    """A tracer compares what each commented line has assigned with what it says. Letters are sizes of the config and
-    the cache, axes of inputs, and integers of that name; on others, all lines that a call runs have to agree."""
+    """A tracer compares what each commented line has assigned with what it says; a call has to agree with itself."""
     claims, checked, shape = {}, set(), r"\(((?:[0-9A-Z*/+, ]|bags|blocks)+)\)"
     for number, line in enumerate(SOURCE.splitlines(), 1):
         if found := re.match(rf" +([a-z_., ]+) = (?!tl\.)[^#]*#.*?{shape}", line):  # tl: in a kernel, nobody can look
@@ -678,7 +634,7 @@ def test_shape_comments(monkeypatch):
     sizes = dict(zip("VCFLHDR", [*vars(config).values()][:5] + [config.head_dim, config.rotary_dim]))
 
     def trace(frame, event, _, last=0, letters=sizes):
-        """Checks what line `last` has assigned when its frame goes on to another line."""
+        """Checks what line `last` has assigned when its frame goes on; another letter keeps its first size."""
         if frame.f_code.co_filename != persimmon.__file__ or frame.f_code.co_name.startswith("<"):
             return None
         line, variables, axes = claims.get(last, ("", [], []))
@@ -720,16 +676,13 @@ def test_shape_comments(monkeypatch):
     assert len(claims) > 40 and checked == {*claims}, f"never run: lines {sorted({*claims} - checked)}"
 
 
-# --- sampling and generation -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("V", "spread", "options"), [
     (9, 2.0, {"temperature": 0.5, "min_p": 0.3}), (5000, 2.0, {}), (5000, 0.1, {"top_k": 7, "top_p": 0.5}),
     (9, 2.0, {"temperature": 0.5, "top_k": 6, "top_p": 0.9, "min_p": 0.05}), (5000, 0.0, {"top_k": 1024}),
     (5000, 4.0, {"top_p": 0.9}), (5000, 0.1, {"top_p": 0.9}), (5000, 4.0, {"top_k": 900, "min_p": 1e-4})])
 def test_sample(V, spread, options):
-    """Inverse-CDF sampling from what transformers' filters leave, of a small and of a large vocabulary.
-    In 16 bit there are many ties, of which the first are likelier here. A row does not depend on the others.
-    """
-    logits = (torch.randn(2, V) * spread).bfloat16().float()
+    """Inverse-CDF sampling from what transformers' filters leave. A row does not depend on the others."""
+    logits = (torch.randn(2, V) * spread).bfloat16().float()  # with many ties, of which the first are likelier here
     scores, options = logits.double() - 1e-9 * torch.arange(V), {"temperature": 1.0, **options}
     warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
                "min_p": MinPLogitsWarper}
@@ -754,8 +707,8 @@ def test_sample_ties_and_limits():
         assert {*sample(logits, generators, temperature, **options).tolist()} == expected, (temperature, options)
 
 
-def test_engine_for(small, monkeypatch):
-    """One engine stays with the model; none of Part III in training, under autocast, with fast = False."""
+def test_engines(small, monkeypatch):
+    """One stays with the model; none of Part III in training, under autocast, with fast = False."""
     monkeypatch.setitem(persimmon.ENGINES, "cpu", CudaEngine)
     engine = engine_for(small)
     assert type(engine) is CudaEngine and engine_for(small) is engine and engine.model is small
@@ -763,12 +716,18 @@ def test_engine_for(small, monkeypatch):
         assert type(engine_for(small)) is Engine
     assert type(engine_for(small.train())) is Engine and type(engine_for(small.eval())) is CudaEngine
     assert small.train().engine is None  # it has copies of weights, and a fused optimizer raises no _version
-    small.eval()
-    engine, small.fast = weakref.ref(engine_for(small)), False
+    engine, small.fast = weakref.ref(engine_for(small.eval())), False
     assert type(engine_for(small)) is Engine and engine() is None
+    without_gpu(monkeypatch)
+    for kind, how_many in ((Engine, [1, 2, 3]), (CudaEngine, [1, 3, 3])):  # a GPU computes a step ahead
+        asked = []
+        results = (asked.append(n) or torch.tensor([[n, 7], [5, -n]], device=DEVICE).unbind() for n in range(3))
+        assert [(*result, len(asked)) for result in kind(small).to_host(results)] == [
+            ([n, 7], [5, -n], asked_then) for n, asked_then in enumerate(how_many)]
 
 
-def test_greedy_tokens_are_those_of_transformers(pair):
+def test_tokens(pair):
+    """Greedy ones are those of transformers. A row does not depend on its batch, nor on where its padding is."""
     ours, theirs = pair
     ids = random_ids(ours.config, length=20)
     for options in ({"max_new_tokens": 60}, {"max_new_tokens": 30, "repetition_penalty": 1.3}):
@@ -779,21 +738,17 @@ def test_greedy_tokens_are_those_of_transformers(pair):
     text = ours.generate(ids[:1], max_new_tokens=20, repetition_penalty=2.0)[0].tolist()
     hook.remove()
     assert len({*text}) == len({*text[:20]}) + 20
-
-
-def test_a_row_does_not_depend_on_its_batch(pair):
-    """Nor on where pad_left finds its padding; log-probabilities are the model's, before penalty and filters."""
-    model, options = pair[0], dict(max_new_tokens=20, temperature=0.7, repetition_penalty=1.2, top_p=0.9)
-    ids, mask, state = random_ids(model.config, 4, 11), torch.zeros(4, 11).long(), torch.get_rng_state()
+    options = dict(max_new_tokens=20, temperature=0.7, repetition_penalty=1.2, top_p=0.9)
+    ids, mask, state = random_ids(ours.config, 4, 11), torch.zeros(4, 11).long(), torch.get_rng_state()
     mask[0], mask[1, 8:], mask[2, [2, 4, 5]], mask[3, :8] = 1, 1, 1, 1
     seeds = numpy.int64(4), 400, None, None
-    together, *others = (list(generate(model, ids, 7 * mask, seed=seed, **options)) for seed in seeds)
+    together, *others = (list(generate(ours, ids, 7 * mask, seed=seed, **options)) for seed in seeds)
     for b in range(4):
         row = [step.tokens[b] for step in together]
         text = torch.cat((ids[b, mask[b] == 1], torch.tensor(row)))[None]
-        assert row == [step.tokens[0] for step in generate(model, text[:, :-20], seed=4 + b, **options)]
+        assert row == [step.tokens[0] for step in generate(ours, text[:, :-20], seed=4 + b, **options)]
         assert len({tuple(row), *(tuple(step.tokens[b] for step in other) for other in others)}) == 4
-        logprobs = model(text).logits[0, -21:-1].log_softmax(-1)[range(20), row]
+        logprobs = ours(text).logits[0, -21:-1].log_softmax(-1)[range(20), row]  # before penalty and filters
         assert close(torch.tensor([step.logprobs[b] for step in together]), logprobs)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -819,8 +774,8 @@ def test_a_conversation_computes_only_what_is_new(small, monkeypatch, kind):
                 cache=cache)
 
 
-def test_stop_ids_and_padding(small):
-    """From its end on, a row is padding, and the other one goes on undisturbed."""
+def test_how_a_text_ends(small):
+    """From its end on, a row is padding, and the other one goes on undisturbed. Each has a context of its own."""
     ids, twelve = random_ids(CONFIG, length=7), {"max_new_tokens": 12}
     expected = list(generate(small, ids, **twelve))
     first, second = zip(*(step.tokens for step in expected))
@@ -834,12 +789,10 @@ def test_stop_ids_and_padding(small):
     assert list(generate(small, ids, **twelve)) == expected
     assert small.generate(ids[:1], **twelve).shape[1] == 7 + first.index(stop) + 1
     assert small.generate(ids[:1], stop_ids=(), **twelve).shape[1] == 7 + 12
-
-
-def test_lengths_and_the_context_limit(small):
+    small.config = CONFIG
     ids, mask, six = random_ids(CONFIG, length=157), torch.ones(2, 157).long(), {"max_new_tokens": 6}
     mask[1, :10] = 0
-    reasons = zip(*(step.finish_reasons for step in generate(small, ids, mask)))  # each row has a context of its own
+    reasons = zip(*(step.finish_reasons for step in generate(small, ids, mask)))
     assert [*map(list, reasons)] == [[None] * 2 + ["context"] * 11, [None] * 12 + ["context"]]
     full = small.generate(ids[:, :7])
     assert full.shape == small.generate(random_ids(CONFIG, length=159)).shape == (2, 160)  # not 207, by default
@@ -872,10 +825,6 @@ def test_generate_refuses(small):
             ("bfloat16", "are the", {"temperature": 1.0, "top_p": 0.5}), ("float16", "use bf", {"temperature": 1.0})):
         refuses(f"token 1: the logits are NaN in torch.{dtype}: {cause}", small.to(getattr(torch, dtype)).generate,
                 random_ids(CONFIG), error=FloatingPointError, **options)
-
-
-# --- what other libraries and habits ask of it -----------------------------------------------------------------------
-SHORT = replace(CONFIG, num_hidden_layers=1)
 
 
 def test_other_defaults_and_offloaded_weights(monkeypatch):
@@ -911,14 +860,14 @@ def test_compiled_over_lengths(kind, padded):
 
 
 # === Part II. Around the model =======================================================================================
-# --- config.json -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form", ["2023", "transformers 5", "own"])
-def test_config_survives_a_round_trip(tmp_path, form):
+@pytest.mark.parametrize("is_own", [False, True])
+def test_config_survives_a_round_trip(tmp_path, is_own):
+    """As the hub had it in 2023, or as we write it; then as transformers does."""
     odd = replace(CONFIG, rope_theta=1000.0, partial_rotary_factor=0.25, layer_norm_eps=1e-3, qk_layernorm=False,
                   hidden_dropout=0.6, attention_dropout=0.1, classifier_dropout=0.2, dtype="float32", num_labels=3,
                   id2label={"0": "sad", "1": "glad", "2": "mad"}, problem_type="regression", initializer_range=0.1)
-    write_config(tmp_path, odd, form)
-    if form == "own":
+    write_config(tmp_path, odd)
+    if is_own:
         (tmp_path / "config.json").write_text(json.dumps(config_to_dict(odd)))
     theirs = transformers.PersimmonConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -929,7 +878,7 @@ def test_config_survives_a_round_trip(tmp_path, form):
     assert load_config(tmp_path) == PersimmonConfig()
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "persimmon", "rope_scaling": None, "hidden_size": None, "hidden_dropout": 0, "use_cache": 1,
-        "bos_token_id": None, "quantization": {"quantize": "int8"}, "rope_parameters": {"type": None}}))  # fmt: skip
+        "bos_token_id": None, "quantization": {"quantize": "int8"}, "rope_parameters": {"type": None}}))
     assert load_config(tmp_path) == PersimmonConfig(bos_token_id=None)
     # fields of one's own
     old = "    hidden_size: int"
@@ -940,7 +889,6 @@ def test_config_survives_a_round_trip(tmp_path, form):
         refuses(message, own.checked_config, **asdict(config) | changes)
 
 
-# --- loading and saving ----------------------------------------------------------------------------------------------
 WHOLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 SAVED, TOKENIZER = {"config.json", "generation_config.json", WHOLE}, "tokenizer_config.json"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -954,18 +902,35 @@ def change_tensors(file: Path, **changes: torch.Tensor | None) -> None:
 
 
 def edit(file: Path, **changes) -> None:
-    """Change keys of a JSON file."""
     raw = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(raw | changes))
 
 
 def shard(folder: Path) -> None:
-    """Puts its weights in shards."""
     oracle(folder).save_pretrained(folder, max_shard_size="200KB")
     (folder / WHOLE).unlink()
 
 
+CONFIG_REFUSED = [  # a part of the message; changes of config.json, each by itself
+    ("no file .*config.json: ", None), ("is not valid JSON", b"{", b"\xff", b"[" * 10**5),
+    ("has to hold a JSON object, not a list", b"[]"), ("a multiple of 3", {"hidden_size": 49}),
+    ("not an object", {"rope_scaling": [1]}), ("= 100000 is not from 1 to 4096", {"num_hidden_layers": 100000}),
+    ("config key .* is not supported, only",
+     {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
+     {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
+     {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
+     {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}),
+    ("key .* = (True is not of type int|5 is not of type str)", {"hidden_size": True}, {"dtype": 5}),
+    ("is not from (1|1e-30) to ", {"num_hidden_layers": 0}, {"vocab_size": 10**30}, {"rope_theta": math.inf},
+     {"num_labels": 2**27}), ("RoPE can't", *({"partial_rotary_factor": factor} for factor in (0.2, 0.01, 1.5))),
+    ("0 to 1", {"hidden_dropout": 1.5}, {"hidden_dropout": math.nan}, {"classifier_dropout": -0.1}),
+    ("config key pad_token_id = 97 is not in the vocabulary of 97", {"pad_token_id": 97}),
+    ("is none of (bfloat16, float16|regression)", {"problem_type": "guess"}, {"torch_dtype": "int8"}),
+    ("key eos_token_id = .* is not", *({"eos_token_id": i} for i in (10**30, -5, [3, -5], [3, "a"], [True], [None]))),
+    (r"quantize = '(\[\]|None)' for .* has int8 and int4",
+     *({"quantization_config": {"quant_method": "persimmon.py", "quantize": kind}} for kind in ([], None)))]
 REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part of the message; what is changed
+    *(("config.json", *row) for row in CONFIG_REFUSED),
     (WHOLE, r"model lacks the tensor final_layernorm.bias \(1 in all\)", {"model.final_layernorm.bias": None}),
     (WHOLE, "model has the tensor x, which is not in a PersimmonForCausalLM of", {"model.x": torch.ones(9)}),
     (WHOLE, rf"{WHOLE} .* lm_head.weight in shape \(9,\): .* makes it \(97, 48\)", {"lm_head.weight": torch.ones(9)}),
@@ -976,34 +941,14 @@ REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part 
     (WHOLE, f"{WHOLE} is a pointer of Git LFS", LFS), (SHARD, f"in {SHARD}, not a file of its folder", None),
     (INDEX, f"{SHARD} lacks the tensor .*, which the index", lambda data: data.replace(b"-00002-", b"-00001-")),
     (INDEX, "not a file of its", *({"weight_map": {"a": file}} for file in (f"../model/{SHARD}", f"{TINY}/{WHOLE}"))),
-    (INDEX, "has no weight_map", b"{}", {"weight_map": {"a": 1}}), ("config.json", "no file .*config.json: ", None),
-    ("config.json", "is not valid JSON", b"{", b"\xff", b"[" * 10**5),
-    ("config.json", "has to hold a JSON object, not a list", b"[]"),
-    ("config.json", "num_hidden_layers = 100000 is not from 1 to 4096", {"num_hidden_layers": 100000}),
+    (INDEX, "has no weight_map", b"{}", {"weight_map": {"a": 1}}),
     ("", r"lacks the tensor layers.4.input_layernorm.bias \(16 in all\)", {"num_hidden_layers": 5}),
-    ("config.json", "config key .* is not supported, only",
-     {"hidden_act": "gelu"}, {"head_dim": 32}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True},
-     {"model_type": "llama"}, {"quantization_config": {}}, {"quantization_config": {"quant_method": "gptq"}},
-     {"rope_scaling": {"type": "linear"}}, {"rope_parameters": {"rope_type": "yarn"}},
-     {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"factor": 2.0}}),
-    ("config.json", "a multiple of 3", {"hidden_size": 49}), ("config.json", "not an object", {"rope_scaling": [1]}),
-    ("config.json", "key .* = (True is not of type int|5 is not of type str)", {"hidden_size": True}, {"dtype": 5}),
-    ("config.json", "is not from (1|1e-30) to ",
-     {"num_hidden_layers": 0}, {"vocab_size": 10**30}, {"rope_theta": math.inf}, {"num_labels": 2**27}),
-    ("config.json", "0 to 1", {"hidden_dropout": 1.5}, {"hidden_dropout": math.nan}, {"classifier_dropout": -0.1}),
-    ("config.json", "config key pad_token_id = 97 is not in the vocabulary of 97", {"pad_token_id": 97}),
-    ("config.json", "RoPE can't", *({"partial_rotary_factor": factor} for factor in (0.2, 0.01, 1.5))),
-    ("config.json", "is none of (bfloat16, float16|regression)", {"problem_type": "guess"}, {"torch_dtype": "int8"}),
-    ("config.json", "key eos_token_id = .* is not",
-     *({"eos_token_id": i} for i in (10**30, -5, [3, -5], [3, "a"], [True], [None]))),
-    ("config.json", r"quantize = '(\[\]|None)' for .* has int8 and int4",
-     *({"quantization_config": {"quant_method": "persimmon.py", "quantize": kind}} for kind in ([], None))),
     ("generation_config.json", r"eos_token_id = \[536870912\]", {"eos_token_id": [2**29]}),
     ("", "use one of bfloat16, float16, float32", {"dtype": "float8"}, {"dtype": torch.float64}, {"dtype": None}),
     ("", "hidden_dropout = 2 is not from 0 to 1", {"hidden_dropout": 2}),
     ("", "num_labels = 3, but id2label has 1 labels", {"num_labels": 3, "id2label": {"0": "a"}}),
     ("", "there is no folder no", {"folder": "no"}), ("", "'int3' .* has int8 and int4", {"quantize": "int3"}),
-    ("", "has no (sparse|num_lables)=: see `load`, or model.fast", {"sparse": 0}, {"num_lables": 3})]  # fmt: skip
+    ("", "has no (sparse|num_lables)=: see `load`, or model.fast", {"sparse": 0}, {"num_lables": 3})]
 
 
 @pytest.mark.parametrize(("file", "message", "change"), [(*row[:2], change) for row in REFUSED for change in row[2:]])
@@ -1034,9 +979,8 @@ def test_loading(folder, small, monkeypatch):
     assert done == sorted(done) and len(done) == len(model.state_dict()) and done[-1] == 1.0
     assert not model.training and all(p.is_contiguous() and p.requires_grad for p in model.parameters())
     assert str(folder / SHARD) in Path("/proc/self/maps").read_text()
-    model.train()(ids, labels=ids).loss.backward()
     for p in model.parameters():
-        p.data -= p.grad
+        p.data += 1
     assert (folder / SHARD).read_bytes() == before
     for prefix in ("model.", "model.layers.0.self_attn.", ""):
         bare = PersimmonModel.from_pretrained(folder)
@@ -1045,9 +989,9 @@ def test_loading(folder, small, monkeypatch):
         change_tensors(folder / WHOLE, **{f"{prefix}rotary_emb.inv_freq": torch.ones(4)})
 
 
-def is_saved(model: torch.nn.Module, folder: Path) -> bool:
-    loaded = type(model).from_pretrained(folder).state_dict()
-    return all(torch.equal(p, loaded[n]) for n, p in model.state_dict().items())
+def is_saved(weights: dict[str, torch.Tensor], folder: Path, cls=PersimmonForCausalLM) -> bool:
+    loaded = cls.from_pretrained(folder).state_dict()
+    return all(torch.equal(tensor, loaded[name]) for name, tensor in weights.items())
 
 
 def test_save_pretrained(small, tmp_path, monkeypatch):
@@ -1066,14 +1010,14 @@ def test_save_pretrained(small, tmp_path, monkeypatch):
     small.save_pretrained(new)
     before = {file.name: file.read_bytes() for file in new.iterdir()}
     assert before.keys() == {*SAVED, *files, notes} and before[TOKENIZER] == b"{}"
-    assert is_saved(small, new) and load_config(new).dtype == "bfloat16"
+    assert is_saved(small.state_dict(), new) and load_config(new).dtype == "bfloat16"
     # of another model, whose tokenizer has nothing but its model
     small.folder = tmp_path / "another"
     small.folder.mkdir(), (small.folder / "tokenizer.model").write_bytes(own := before["tokenizer.model"][::-1])
     (new / "tokenizer.json").touch(), (new / "special_tokens_map.json").touch(), small.save_pretrained(new)
     assert {*os.listdir(new)} == {*SAVED, "tokenizer.model", notes} and (new / "tokenizer.model").read_bytes() == own
-    ids = json.loads((new / "generation_config.json").read_text())
-    assert ids == {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 5}
+    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 5}
+    assert json.loads((new / "generation_config.json").read_text()) == ids
     before = {file.name: file.read_bytes() for file in new.iterdir()}
     (small.folder / "tokenizer.model").rename(small.folder / "tokenizer.json")  # then what is there stays
     small.save_pretrained(new)
@@ -1092,17 +1036,15 @@ def test_save_pretrained(small, tmp_path, monkeypatch):
 
 
 def test_dtype_and_quantized_folders(folders, tmp_path):
-    done, config, load = [], tmp_path / "config.json", PersimmonForCausalLM.from_pretrained
-    model = load(folders["D64", "2023"], "bfloat16", quantize="int4", group_size=64, progress=done.append)
+    done, load = [], PersimmonForCausalLM.from_pretrained
+    model = load(folders["D64"], "bfloat16", quantize="int4", group_size=64, progress=done.append)
     assert done == sorted(done) and done[-1] == 1.0 and not model.training
     model.save_pretrained(tmp_path)
-    raw, state = json.loads(config.read_text()), model.state_dict()
-    assert load_config(tmp_path).quantization == {"quantize": "int4", "group_size": 64}
-    assert all(torch.equal(tensor, state[name]) for name, tensor in load(tmp_path).state_dict().items())
+    assert is_saved(model.state_dict(), tmp_path)
     for new, old, asked, expected in (
             (None, None, "auto", "bfloat16"), (None, "float16", "auto", "float16"),
-            ("float16", "float32", "auto", "float16"), ("float32", None, torch.float16, "float16")):  # fmt: skip
-        config.write_text(json.dumps(raw | {"dtype": new, "torch_dtype": old}))
+            ("float16", "float32", "auto", "float16"), ("float32", None, torch.float16, "float16")):
+        edit(tmp_path / "config.json", dtype=new, torch_dtype=old)
         assert {t.dtype for t in load(tmp_path, asked).state_dict().values()} == {torch.uint8, getattr(torch, expected)}
     refuses("the model is quantized already, in int4", load, tmp_path, quantize="int8")
     assert load(tmp_path, quantize="int4").config.quantization["quantize"] == "int4"  # as it is
@@ -1110,7 +1052,7 @@ def test_dtype_and_quantized_folders(folders, tmp_path):
 
 def test_folders_that_other_programs_make(folder, small):
     edit(folder / "config.json", eos_token_id=[7, 8], rope_parameters={
-        "rope_type": "default", "original_max_position_embeddings": 160, "rope_theta": 25000.0})  # fmt: skip
+        "rope_type": "default", "original_max_position_embeddings": 160, "rope_theta": 25000.0})
     (folder / WHOLE).rename(folder.parent / "1f3a")
     (folder / WHOLE).symlink_to("../1f3a")  # as in the hub's cache
     (folder / "tokenizer.json").write_text("{}")  # which transformers 5 has beside its tokenizer_config.json
@@ -1142,13 +1084,13 @@ def test_a_head_that_is_missing(folder, tmp_path, small, cls):
     assert {(p.device.type, p.dtype, p.requires_grad) for p in model.parameters()} == {("cpu", torch.float32, True)}
     assert len(new := model.get_parameter(head)) in (50, 97) and 0.015 < new.std() < 0.025 and not model.training
     assert half.dtype == torch.bfloat16 and half.std() > 0.3 and model.config.pad_token_id == 7
-    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(own := tmp_path / "own")
     with warnings.catch_warnings(action="error"):
-        assert is_saved(model, tmp_path / "own") and is_saved(bare, tmp_path / "own")
+        assert is_saved(model.state_dict(), own, cls) and is_saved(bare.state_dict(), own, PersimmonModel)
     for change, message in (({other: torch.zeros(9, 48)}, f"own has the tensor {other}, which is not in"),
                             ({head: None}, f"own lacks the tensor {head}")):
-        change_tensors(tmp_path / "own" / WHOLE, **change)
-        refuses(message, cls.from_pretrained, tmp_path / "own")
+        change_tensors(own / WHOLE, **change)
+        refuses(message, cls.from_pretrained, own)
 
 
 @pytest.mark.parametrize("old", ["nothing", "one file", "shards"])
@@ -1173,11 +1115,12 @@ def test_a_killed_save_leaves_a_whole_model(folder, small, old):
         if target.exists():
             shutil.copytree(target, copied := target.with_name("copied"))  # to load would be to tidy up
             found.append(load_config(copied).hidden_size)
-            assert is_saved({48: small, 128: new}[found[-1]], copied)
+            assert is_saved({48: small, 128: new}[found[-1]].state_dict(), copied)
             shutil.rmtree(copied)
         new.save_pretrained(target)
         assert {*os.listdir(target)} == SAVED | ({"model-of-mine.safetensors"} if old != "nothing" else set())
-        assert is_saved(new, target) and {*os.listdir(target.parent)} - {"target.unfinished"} == {"model", "target"}
+        assert is_saved(new.state_dict(), target)
+        assert {*os.listdir(target.parent)} - {"target.unfinished"} == {"model", "target"}
         # killed as soon as `target` was there, it left its lock beside it
         assert old == "nothing" or not target.with_name("target.unfinished").exists()
         assert not any(file.stat().st_size for file in target.with_name("target.unfinished").glob("*"))
@@ -1185,19 +1128,18 @@ def test_a_killed_save_leaves_a_whole_model(folder, small, old):
     assert found == sorted(found) and {*found} == ({48, 128} if old != "nothing" else {128})
 
 
-# --- tokenizer, streaming, chat prompt -------------------------------------------------------------------------------
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "été à la plage",
           "how vexingly quick daft zebras jump", "sphinx of black quartz, judge my vow", "To be, or not to be"] * 3
 ENDOFTEXT = {"user_defined_symbols": ["|ENDOFTEXT|"]}
 STYLES = [{}, ENDOFTEXT, {**ENDOFTEXT, "remove_extra_whitespaces": False},
           {**ENDOFTEXT, "add_dummy_prefix": False, "remove_extra_whitespaces": False},
-          {"control_symbols": ["|ENDOFTEXT|"], "normalization_rule_name": "identity"}]  # fmt: skip
+          {"control_symbols": ["|ENDOFTEXT|"], "normalization_rule_name": "identity"}]
 
 
 def train_sentencepiece(file: Path, **options) -> sentencepiece.SentencePieceProcessor:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_prefix=str(file.with_suffix("")), vocab_size=330, byte_fallback=True,
-        minloglevel=2, hard_vocab_limit=False, **options)  # fmt: skip
+        minloglevel=2, hard_vocab_limit=False, **options)
     return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
@@ -1211,7 +1153,6 @@ def tokenizers(tmp_path_factory) -> list[tuple[Tokenizer, sentencepiece.Sentence
 
 
 def test_tokenizer(tokenizers):
-    """One text or several, in each style; ids of many kinds."""
     texts = ["", "  a  b ", "the quick\n日本 🙂 fox "]  # the last one is the longest
     for tokenizer, oracle, end in tokenizers:
         batch = tokenizer(texts, return_tensors="pt")
@@ -1261,7 +1202,7 @@ def test_streaming_equals_decoding_the_whole(tokenizers, sequence, prompt):
             assert before + "".join(map(decoder.push, new)) + decoder.finish() == whole
 
 
-def test_tokenizer_files(tmp_path):
+def test_tokenizer_files_and_chat_prompt(tmp_path):
     file, config = tmp_path / "tokenizer.model", tmp_path / "tokenizer_config.json"
     ids = train_sentencepiece(file, **ENDOFTEXT).encode("|ENDOFTEXT| fox")[1:]
     for text, expected in (("{}", ids), ('{"add_bos_token": true}', ids), ('{"add_bos_token": false}', ids[1:])):
@@ -1276,16 +1217,9 @@ def test_tokenizer_files(tmp_path):
     for content, message in ((b"not a model", "tokenizer.model is cut off"), (LFS, "model is a pointer of Git LFS")):
         file.write_bytes(content)
         refuses(message, Tokenizer, file)
-
-
-def test_chat_prompt():
     assert chat_prompt(["a", " b ", "c"]) == "human: a\n\nadept: b\n\nhuman: c\n\nadept:"
     for turns in (["a", "b"], [], "a"):
         refuses(f"ends with a human's turn, not a {type(turns).__name__} of {len(turns)}", chat_prompt, turns)
-
-
-# --- classifiers -----------------------------------------------------------------------------------------------------
-OfText, OfToken = PersimmonForSequenceClassification, PersimmonForTokenClassification
 
 
 @pytest.mark.parametrize(("cls", "K", "labels", "changes"), [
@@ -1294,9 +1228,8 @@ OfText, OfToken = PersimmonForSequenceClassification, PersimmonForTokenClassific
     *((OfText, 3, torch.eye(4, 3), {"problem_type": p}) for p in (None, "regression", "multi_label_classification")),
     (OfText, 1, torch.eye(4, 1), {"problem_type": "multi_label_classification"}),
     *((OfToken, 6, torch.arange(4 * T).view(4, T) % 6, {f"{part}_dropout": 1.0, "classifier_dropout": own})
-      for part, own in (("classifier", 1.0), ("hidden", None), ("hidden", 0.0), ("attention", 0.0)))])  # fmt: skip
-def test_classifiers(tmp_path, cls, K, labels, changes):
-    """Those of transformers, with random weights."""
+      for part, own in (("classifier", 1.0), ("hidden", None), ("hidden", 0.0), ("attention", 0.0)))])
+def test_classifiers_are_those_of_transformers(tmp_path, cls, K, labels, changes):
     randomize(cls(replace(CONFIG, num_labels=K, **changes))).save_pretrained(tmp_path)
     theirs = getattr(transformers, cls.__name__).from_pretrained(tmp_path, dtype="float32")
     ours = cls.from_pretrained(tmp_path)
@@ -1326,14 +1259,22 @@ def test_classifiers(tmp_path, cls, K, labels, changes):
         refuses("to find where 4 texts end, config.json needs a pad_token_id", ours, ids)
 
 
-# --- the file alone, tiny/ -------------------------------------------------------------------------------------------
 def test_persimmon_py_alone_needs_torch_only(tmp_path, monkeypatch):
-    for name in ("safetensors", "sentencepiece", "triton", "transformers", "sample", "convert"):
+    """And importing it does nothing but to define, and to enter engines and quantizers."""
+    body = ast.parse(SOURCE).body[1:]
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {getattr(node, "module", node.names[0].name).split(".")[0] for node in imports}
+    assert modules <= {"torch", *sys.stdlib_module_names}
+    code = [ast.unparse(n) for n in body if n not in imports and not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names = "ENGINES: ARCHITECTURE DTYPES CONFIG_TYPES CONFIG_RANGES TOKENIZER_FILES SAFETENSORS_DTYPES QUANTIZERS: " \
+        "__all__ ENGINES['cpu'] __all__ QUANTIZERS['int8'] ENGINES['cuda'] __all__"
+    assert " ".join(line.split()[0] for line in code) == names and all(code[n].endswith("] = {}") for n in (0, 7))
+    for name in ("numpy", "safetensors", "sentencepiece", "triton", "transformers", "sample", "convert"):
         monkeypatch.setitem(sys.modules, name, None)  # it cannot be imported
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
     with warnings.catch_warnings(action="error"):
+        before = {**os.environ}, warnings.filters[:], torch.get_num_threads(), torch.get_rng_state().tolist()
         alone = edited(tmp_path)
-        assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+        assert ({**os.environ}, warnings.filters, torch.get_num_threads(), torch.get_rng_state().tolist()) == before
         model = alone.PersimmonForCausalLM(alone.PersimmonConfig(**asdict(CONFIG))).eval()
         model.config.use_cache = True  # as transformers' Trainer has it
         assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
@@ -1346,17 +1287,12 @@ def test_tiny_is_a_persimmon():
     config, tokenizer = load_config(TINY), Tokenizer(TINY)
     assert (config.head_dim, config.rotary_dim, config.rope_theta, config.qk_layernorm) == (64, 32, 25000.0, True)
     assert config.intermediate_size == 4 * config.hidden_size and config.vocab_size == len(tokenizer)
-    end = tokenizer.processor.piece_to_id("|ENDOFTEXT|")
-    assert config.bos_token_id == config.eos_token_id == tokenizer.end_of_text == end
+    assert config.bos_token_id == config.eos_token_id == tokenizer.processor.piece_to_id("|ENDOFTEXT|")
     assert tokenizer.decode(tokenizer.encode(text := " a  b\t\n\n c\r\n e\u0301 ﬁ ① Ａ 日本 🙂\u200d\u3000.\x7f ")) == text
-    assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 11e6
-    inputs = tokenizer(text := "ROMEO:\nWhat light through yonder window breaks?\n", return_tensors="pt")
-    ids, model = inputs["input_ids"], PersimmonForCausalLM.from_pretrained(TINY, dtype="float32")
-    ours = model(ids, labels=ids)
+    ids = tokenizer(text := "ROMEO:\nWhat light through yonder window breaks?\n")["input_ids"]
+    ours = PersimmonForCausalLM.from_pretrained(TINY, dtype="float32")(ids, labels=ids)
     assert close(ours.logits, oracle(TINY)(ids).logits)
     assert ours.loss * (ids.shape[1] - 1) < 2.0 * len(text)  # nats; noise has log(1024) a token, about 3 a character
-    output = model.generate(**inputs, max_length=50)[0]  # as in the snippet of transformers' documentation
-    assert tokenizer.decode(output).startswith(text) and len(output) <= 50
 
 
 @pytest.mark.skipif("PERSIMMON_8B_CHAT" not in os.environ, reason="PERSIMMON_8B_CHAT names no folder with its weights")
@@ -1367,34 +1303,28 @@ def test_the_published_answer_of_the_real_chat_model():
     ids = tokenizer(chat_prompt(["Simply put, the theory of relativity states that?"]))["input_ids"]
     assert tokenizer.decode(model.generate(ids, max_new_tokens=60)[0, ids.shape[1] :]).strip() == (
         "The theory of relativity states that the laws of physics are the same for all observers, "
-        "regardless of their relative motion.")  # fmt: skip
-    means = model(torch.tensor([[1, 306, 4658, 278, 6593, 310, 2834, 338]])).logits.float().mean(-1)
-    expected = [-11.4726, -11.1495, -11.2694, -11.2223, -10.9452, -11.0663, -11.0031, -11.1028]
-    assert close(means, torch.tensor([expected]), 0.3)  # those were computed in 8 bits
+        "regardless of their relative motion.")
 
 
 # === Part III. Faster ================================================================================================
-class Packed(torch.Tensor):
-    """As weights of torchao's are, which no kernel can read."""
-
-    def __deepcopy__(self, memo) -> torch.nn.Parameter:
-        return torch.nn.Parameter(self.data.clone())
-
-
-def test_is_unmodified_and_replaced_forward():
+def test_what_engines_ask():
     layer, is_plain = torch.nn.Linear(2, 2).eval(), partial(is_unmodified, kind=torch.nn.Linear)
     with pytest.raises(KeyboardInterrupt), replaced_forward({layer: lambda x: x + 1}):
         assert layer(3) == 4 and not is_plain(layer)
         raise KeyboardInterrupt
     layer.register_full_backward_hook(lambda *_: None)  # not in a pass without gradients
     assert is_plain(layer) and not is_unmodified(layer, torch.nn.Module) and not is_plain(layer.train())
-
-
-def test_is_as_exact():
     exact, noise = torch.randn(2, 1000)
     plain, factors = exact + 0.01 * noise, (0.01, -0.019, 0.021, math.nan)
     assert [is_as_exact(exact + factor * noise, plain, exact) for factor in factors] == [True, True, False, False]
     assert [is_as_exact(exact + error, exact, exact) for error in (1e-6, 1e-3)] == [True, False]
+    assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
+    assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(torch.device("cpu")) < 1e14
+    before = persimmon.fingerprints([weight := torch.rand(99, 99)])
+    weight[5, 5] = 2  # which is not in the sample
+    assert persimmon.fingerprints([weight]) != before
+    with torch.inference_mode():  # what is made there has no version
+        assert persimmon.fingerprints([weight := torch.rand(9, 9)]) != persimmon.fingerprints([weight.neg_()])
 
 
 # === Part III a. CPU =================================================================================================
@@ -1409,16 +1339,6 @@ def reads(monkeypatch) -> Counter:
                             counts.update([_name]) or _function(*args, **options))
     use_cpu_engine(monkeypatch)
     return counts
-
-
-def test_cpu_has_and_fingerprints_and_available_memory():
-    assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
-    assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(torch.device("cpu")) < 1e14
-    before = persimmon.fingerprints([weight := torch.rand(99, 99)])
-    weight[5, 5] = 2  # which is not in the sample
-    assert persimmon.fingerprints([weight]) != before
-    with torch.inference_mode():  # what is made there has no version
-        assert persimmon.fingerprints([weight := torch.rand(9, 9)]) != persimmon.fingerprints([weight.neg_()])
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -1554,8 +1474,7 @@ def relative_error(layer: QuantizedLinear, x: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype, groups, tolerance", [
     (torch.float32, 130, 1e-5), (torch.bfloat16, 3, 1e-2), (torch.float16, 3, 2e-3)])
 def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
-    """Of 130 groups of 128 inputs, 64 outputs are dequantized at a time. Sums are large, and float16 ends at 65504.
-    Then odd weights: rows of one sign, zeros by row and by column, a group of equal weights."""
+    """Of 130 groups of 128 inputs, 64 outputs are dequantized at a time. Sums are large, and float16 ends at 65504."""
     linear, density = torch.nn.Linear(C := groups * group_size, 130).to(dtype), 0.3 if cls is Int8SparseLinear else 1.0
     linear.weight.data.normal_().abs_()
     limit = {Int8Linear: 0.0095 if groups > 3 else 0.0074, Int8SparseLinear: 0.0035}.get(cls)
@@ -1575,7 +1494,7 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     assert all((t.shape, t.dtype) == (empty[name].shape, empty[name].dtype) for name, t in layer.state_dict().items())
     assert layer(x[:0]).shape == (0, 1, 130) and layer(x[0, 0]).shape == (130,)
     assert f"(in_features={C}, out_features=130, bias=True)" in repr(layer)
-    odd = torch.nn.Linear(256, 70).to(dtype)
+    odd = torch.nn.Linear(256, 70).to(dtype)  # rows of one sign, zeros by row and by column, a group of equal weights
     odd.weight.data[7].abs_(), odd.weight.data[8].abs_().neg_()
     odd.weight.data[3], odd.weight.data[:, 5], odd.weight.data[66, 128:] = 0, 0, 0.75
     assert (difference := dequantized(cls(odd, group_size)) - odd.weight).abs().max() < 0.01
@@ -1606,21 +1525,6 @@ def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operato
     assert relative_error(layer, few[:3]) < 0.01 and not kernel.called
 
 
-def test_int4_kernel_on_cuda(monkeypatch):
-    """For one token a row; for a single row not beside codes_kernel, whose copy of the weight is enough."""
-    layer = Int4Linear(torch.nn.Linear(64, 64).bfloat16(), 32)
-    monkeypatch.setattr(layer, "small_batch_matmul", Mock(return_value=None), raising=False)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    cases = (1, 1, {}, 1), (0, 1, {}, 0), (1, 1, {"codes": 0}, 0), (2, 1, {"codes": 0}, 1), (1, 2, {}, 0)
-    for B, T, packed, calls in cases:
-        for has_gradients in (False, True):
-            layer.packed = packed
-            with torch.set_grad_enabled(has_gradients):
-                layer(torch.ones(B, T, 64).bfloat16())
-            assert layer.small_batch_matmul.call_count == calls * (not has_gradients), (B, T, packed)
-            layer.small_batch_matmul.reset_mock()
-
-
 def test_int8_kernel_gets_what_it_can_read(monkeypatch):
     """It reads 16 codes at once: at other addresses it crashes, with other widths it multiplies what is beyond."""
     def strict(x, weight, scale, kernel=torch.ops.aten._weight_int8pack_mm):
@@ -1641,9 +1545,10 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
 
 
 @pytest.mark.parametrize("group_size, tiles", [(32, 2), (64, 4), (128, 8)])
-def test_int4_is_packed_for_other_processors(group_size, tiles):
+def test_int4_for_other_processors(monkeypatch, group_size, tiles):
     """For CUDA as PyTorch's packing reads it, by its source: bytes (O, C/2), the even input in the high half."""
-    layer, operator = Int4Linear(torch.nn.Linear(3 * group_size, 100), group_size), Mock(return_value="packed")
+    C, operator = 3 * group_size, Mock(return_value="packed")
+    layer = Int4Linear(torch.nn.Linear(C, 100).bfloat16(), group_size)
     assert layer.pack(operator, is_cuda=True) == "packed"
     (data, given), _ = operator.call_args
     high, low = (layer.codes(0, 128).T + 8).byte().unflatten(1, (-1, 2)).unbind(2)
@@ -1653,6 +1558,16 @@ def test_int4_is_packed_for_other_processors(group_size, tiles):
     operator.side_effect = lambda codes, _: (codes[:, ::2] << 4 | codes[:, 1::2]).byte()  # not in AVX-512's order
     assert torch.equal(layer.pack(operator, is_cuda=False), data)
     assert operator.call_args[0][0].is_contiguous() and operator.call_args[0][0].dtype == torch.int32
+    monkeypatch.setattr(layer, "small_batch_matmul", matmul := Mock(return_value=None), raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    # one token a row; for a single row not beside codes_kernel, whose copy of the weight is enough
+    cases = (1, 1, {}, 1), (0, 1, {}, 0), (1, 1, {"codes": 0}, 0), (2, 1, {"codes": 0}, 1), (1, 2, {}, 0)
+    for has_gradients, (B, T, packed, calls) in itertools.product((False, True), cases):
+        layer.packed = packed
+        matmul.reset_mock()
+        with torch.set_grad_enabled(has_gradients):
+            layer(torch.ones(B, T, C).bfloat16())
+        assert matmul.call_count == (calls and not has_gradients), (B, T, packed)
 
 
 @each_format
@@ -1681,12 +1596,11 @@ def test_codes_by_output(cls, group_size):
         assert torch.equal(layer.codes_by_output[1], 2 * scale)
 
 
-@pytest.mark.parametrize("kind, group_size, limit", [("int8", 128, 0.004), ("int4", 32, 0.02), ("int4", 128, 0.04)])
-def test_quantize_model(folders, tmp_path, kind, group_size, limit):
+@pytest.mark.parametrize("kind, group_size", [("int8", 128), ("int4", 32), ("int4", 128)])
+def test_quantize_model(folders, tmp_path, kind, group_size):
     """Logits are those of a model with the same weights dequantized, for prompts and single tokens; through folders."""
     ids, fractions, quantization = random_ids(CONFIGS["D64"]), [], {"quantize": kind, "group_size": group_size}
-    plain, model, loaded = (PersimmonForCausalLM.from_pretrained(folders["D64", "2023"], **options)
-                            for options in ({}, {}, quantization))
+    plain, model, loaded = (PersimmonForCausalLM.from_pretrained(folders["D64"], **o) for o in ({}, {}, quantization))
     persimmon.QUANTIZERS[kind](model, kind, group_size, fractions.append)
     assert len(fractions) > 13 and fractions == sorted(fractions) and fractions[-1] == 1.0
     assert not any(module.training for module in model.modules())
@@ -1703,21 +1617,14 @@ def test_quantize_model(folders, tmp_path, kind, group_size, limit):
         with torch.autocast("cpu", torch.bfloat16):
             assert all(close(model(ids[:, :n]).logits.float(), expected[:, :n], 0.1) for n in (1, T))
     model.save_pretrained(tmp_path)
-    twin = quantize_model(PersimmonForCausalLM(plain.config), kind, group_size)
-    twin.load_state_dict(model.state_dict())
-    for other in (loaded, twin, PersimmonForCausalLM.from_pretrained(tmp_path)):
-        assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    other.model.save_pretrained(tmp_path / "inner")  # a model in its own right
+    assert is_saved(loaded.state_dict(), tmp_path)
+    model.model.save_pretrained(tmp_path / "inner")  # a model in its own right
     for folder in (tmp_path, tmp_path / "inner"):
         assert torch.equal(PersimmonModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
-    ids = Tokenizer(TINY)("JULIET:\nO Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father!\n")["input_ids"]
-    plain, quantized = (PersimmonForCausalLM.from_pretrained(TINY, **options)(ids, labels=ids).loss.item()
-                        for options in ({}, quantization))
-    assert quantized != plain and abs(quantized / plain - 1) < limit, (plain, quantized)
 
 
 def test_quantize_model_refuses():
-    lm, model = PersimmonForCausalLM(CONFIG), PersimmonForTokenClassification(CONFIG)
+    lm, model = PersimmonForCausalLM(CONFIG), OfToken(CONFIG)
     done = quantize_model(copy.deepcopy(model), "int8")
     assert type(done.score) is torch.nn.Linear
     lm.lm_head.weight.data[0, 0] = math.nan
@@ -1731,18 +1638,14 @@ def test_quantize_model_refuses():
 
 
 # === Part III c. CUDA ================================================================================================
-#
-# Kernels run on a GPU, or in Triton's interpreter, which has to be chosen before triton is imported: hence
-# test_kernels_in_the_interpreter. What is around them is tested with PyTorch's operators in their place.
-
-
+# Kernels run on a GPU, or in test_kernels_in_the_interpreter; around them, PyTorch's operators are in their place.
 @pytest.fixture
 def kernels(monkeypatch) -> None:
     """The kernels, in whatever way they can run here; what persimmon calls is PyTorch's."""
     own = persimmon.triton_kernels
     use_cuda_engine(monkeypatch)
     monkeypatch.setattr(persimmon, "triton_kernels", own)
-    if IS_INTERPRETED:
+    if DEVICE == "cpu":
         use_interpreter(persimmon, monkeypatch)
 
 
@@ -1758,7 +1661,6 @@ def test_kernels_in_the_interpreter():
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout
 
 
-@runs_kernel
 @pytest.mark.parametrize("T", [1, 5])
 def test_fused_attend_runs(kernels, T):
     """Against PyTorch in float32, with the same input: result, what is written to the cache, what is not."""
@@ -1811,15 +1713,14 @@ def test_fused_attend_refuses_what_the_kernel_can_not_index(monkeypatch):
                   {"head_dim": 24, "qkv": zeros(2, 1, 216), "q_layernorm": norm(24), "k_layernorm": norm(24)}):
         given = {"layer": 0, "num_heads": 3, "head_dim": 16, "q_layernorm": norm(16), "k_layernorm": norm(16),
                  "qkv": zeros(2, 1, 144), "rope": zeros(2, 1, 1, 1, 4), **wrong}
-        size = 72 if given["head_dim"] == 24 else 48
-        cache = StaticCache(replace(CONFIG, hidden_size=size), 2, 9, torch.float32, DEVICE)
+        H, D = given["num_heads"], given["head_dim"]
+        cache = StaticCache(replace(CONFIG, hidden_size=H * D), 2, 9, torch.float32, DEVICE)
         cache.arrived = cache.arrived[: given.pop("arrived", 6)]
         cache.keys = cache.keys.repeat(1, 1, 1, 2, 1)[:, :, :, :9] if given.pop("is_cut", False) else cache.keys
         with pytest.raises(ValueError if wrong else ZeroDivisionError, match="kernel|division"):
             fused_attend(SimpleNamespace(**given), given["qkv"], given["rope"], None, cache)
 
 
-@runs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fused_linear_runs(kernels, monkeypatch, dtype):
     """With and without what can stand around a product, in int8 and int4 too, for one row and for several."""
@@ -1856,13 +1757,12 @@ def test_fused_linear_runs(kernels, monkeypatch, dtype):
             assert torch.equal(fused_linear(linear, x, square=True), linear(x).relu().square())
 
 
-@runs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_sparse_linear_runs(kernels, monkeypatch, dtype):
     """From a table and from codes, for all inputs, some and none; weights of inputs that are zero are NaN here."""
     with torch.device(DEVICE), torch.no_grad():
-        sizes = (1024, 48), (16, 512), (1536, 1024)
-        for (F, C), density, kind in itertools.product(sizes, (0, 0.1, 1), ("", "int8")):
+        for (F, C), density, kind in itertools.product(
+                ((1024, 48), (16, 512), (1536, 1024)), (0, 0.1, 1), ("", "int8")):
             linear, x = torch.nn.Linear(F, C, dtype=dtype), torch.randn(1, 1, F).to(dtype)
             x[:, :, torch.rand(F) >= density], arrived = 0, torch.zeros(9).int()
             residual = torch.randn(1, 1, C).to(dtype)
@@ -1908,18 +1808,24 @@ def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
             persimmon.fused_block(block, tables, x[:, :1].to(dtype), *step)
             fused_linear(block.self_attn.dense, torch.empty(16, 1, 4096, dtype=dtype))
     linear, codes = (8, 0) if dtype == torch.float32 else (5, 6)  # 16 rows of int4 are left to PyTorch
-    expected = dict(attention_kernel=6, linear_kernel=linear, sparse_kernel=3, codes_kernel=codes)
-    assert Counter(name for name, _ in compiled) == Counter(expected)
+    assert Counter(name for name, _ in compiled) == Counter(
+        attention_kernel=6, linear_kernel=linear, sparse_kernel=3, codes_kernel=codes)
     for _, result in compiled:
         assert len(result.asm["hsaco" if target[0] == "hip" else "cubin"]) > 1000
         assert result.metadata.shared <= 64 * 1024  # what small GPUs have
 
 
 @pytest.mark.filterwarnings("error")
-def test_triton_kernels(small, monkeypatch):
-    """Not without triton: then CudaEngine is a plain one."""
-    found = persimmon.triton_kernels.__wrapped__  # without the lru_cache
+def test_static_cache_and_triton_kernels(small, monkeypatch):
+    """A cache fills 8 SMs with four programs each. Without triton, CudaEngine is a plain one."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
+    for heads, rows, splits in ((4, 1, 8), (3, 2, 4), (3, 3, 2), (3, 6, 1), (3, 11, 1)):
+        cache = StaticCache(replace(CONFIG, num_attention_heads=heads), rows, 9, torch.float32, "cpu")
+        assert cache.arrived.shape == (rows * heads,) and cache.splits == splits
+    cache.graph, cache.graph_key = lambda ids: ids, []  # which no copy has
+    assert vars(copy.copy(cache)) == {**vars(cache), "graph": None, "graph_key": None}
     pytest.importorskip("triton")
+    found = persimmon.triton_kernels.__wrapped__  # without the lru_cache
     without_gpu(monkeypatch)
     monkeypatch.setattr(persimmon, "triton_kernels", found)
     engine = CudaEngine(small.to(DEVICE))
@@ -1929,28 +1835,11 @@ def test_triton_kernels(small, monkeypatch):
     assert found() is None and type(cache) is KVCache and engine.proven_forwards(1, None, cache) == {}
 
 
-def test_static_cache(monkeypatch):
-    """Its splits fill 8 SMs, each with room for four programs; while it is captured, positions are the GPU's."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
-    for heads, rows, splits in ((4, 1, 8), (3, 2, 4), (3, 3, 2), (3, 6, 1), (3, 11, 1)):
-        cache = StaticCache(replace(CONFIG, num_attention_heads=heads), rows, 9, torch.float32, "cpu")
-        assert cache.arrived.shape == (rows * heads,) and cache.splits == splits
-    cache.crop(5)
-    assert cache.length == int(cache.position) == 5 and cache.positions(11, 2)[0].tolist() == [5, 6]
-    cache.is_capturing, cache.graph, cache.graph_key = True, lambda ids: ids, []
-    assert vars(copy.copy(cache)) == {**vars(cache), "graph": None, "graph_key": None}
-    cache.crop(6)
-    cache.position.fill_(7)
-    assert cache.length == 5 and cache.positions(11, 1)[0].tolist() == [7] and cache.positions(11, 1)[1] == 9
-
-
-def text_as_plain(model: PersimmonForCausalLM, *prompt, n: int = 8, **options) -> torch.Tensor:
-    """What `model` writes, which is what it does without its engine."""
+def check_is_as_plain(model: PersimmonForCausalLM, *prompt, **options) -> None:
     plain = copy.deepcopy(model)
     plain.fast = False
-    expected = plain.generate(*prompt, max_new_tokens=n)
-    assert torch.equal(model.generate(*prompt, max_new_tokens=n, **options), expected)
-    return expected
+    expected = plain.generate(*prompt, max_new_tokens=8)
+    assert torch.equal(model.generate(*prompt, max_new_tokens=8, **options), expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
@@ -1960,10 +1849,10 @@ def test_cuda_engine(models, monkeypatch):
     mask, holes = (torch.arange(9) >= torch.tensor([[0], [4]])).long(), torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 1]])
     L, model.engine = model.config.num_hidden_layers, None  # another test may have left one
     for case in ((ids, mask), (ids,), (ids[:1], holes), (ids[1:],), (ids[:1].repeat(17, 1),)):
-        text_as_plain(model, *case)  # proves what it needs
+        check_is_as_plain(model, *case)  # proves what it needs
         calls.clear()
         RecordedGraph.count = 0
-        text_as_plain(model, *case)
+        check_is_as_plain(model, *case)
         passes, linears = 2, (4 * L + 1) * (len(case[0]) <= 16)  # a step, and its capture; all others are replayed
         assert calls == Counter(fused_attend=(1 + passes) * L, fused_linear=passes * linears)
         assert RecordedGraph.count == 1
@@ -1972,10 +1861,8 @@ def test_cuda_engine(models, monkeypatch):
         model.engine.decode(ids[:, :1], None, cache)
         cache.keys, cache.values = cache.keys[:, :1], cache.values[:, :1]
         assert len(model.engine.decode(ids[:1, :1], None, cache)) == 1
-    proven, both = model.engine.compared, (False, True)
-    assert proven == dict.fromkeys([("attention", False, True, False, 0), *(
-        ("attention" if is_long else "block", is_long, *rest, 0)
-        for is_long, *rest in itertools.product(both, both, both))], 16)
+    proven = model.engine.compared  # for a prompt or a step, one row or several, with a mask or not; and for 17 rows
+    assert {*proven.values()} == {16} and len(proven) == 2 * 2 * 2 + 1 and ("block", False, True, True, 0) in proven
     model.generate(ids, max_new_tokens=20)  # a longer cache is proven anew
     assert proven["attention", True, True, False, 0] == 28
 
@@ -1983,8 +1870,7 @@ def test_cuda_engine(models, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
 @pytest.mark.filterwarnings("error")
 def test_cuda_engine_skips_zeros(monkeypatch):
-    """For one text, from tables or in int8. What has changed counts, at the latest, in the next generation; no step is
-    replayed that was captured with other tables or another mask; and tables go when they are of no use."""
+    """For one text, from tables or in int8. What has changed counts, at the latest, in the next generation."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
     calls = use_cuda_engine(monkeypatch)
     for kind in ("int8", "int4", None):
@@ -1993,9 +1879,9 @@ def test_cuda_engine_skips_zeros(monkeypatch):
         for rows, tables in ((2, 0), (1, 2), (-1, 2), (2, 2)):  # -1: one, after a change
             if rows == -1:
                 down.weight[:, :-8].bitwise_xor_(255) if kind else down.weight.data.neg_()
-            text_as_plain(model, ids[: abs(rows)])
+            check_is_as_plain(model, ids[: abs(rows)])
             calls.clear()
-            text_as_plain(model, ids[: abs(rows)])
+            check_is_as_plain(model, ids[: abs(rows)])
             assert calls["fused_sparse_linear"] == 2 * 2 * (rows < 2)  # for two layers
             assert len(model.engine.tables) == (tables := tables * (kind is None))
         assert ("block", False, False, False, tables) in model.engine.compared
@@ -2009,7 +1895,7 @@ def test_cuda_engine_skips_zeros(monkeypatch):
         elif mask is None:
             old = getattr(cache, name := ("keys", "values")[n % 2])
             setattr(cache, name, old.clone()), old.fill_(math.nan)
-        text_as_plain(model, ids, mask, cache=cache)
+        check_is_as_plain(model, ids, mask, cache=cache)
     next(steps := generate(model, ids, max_new_tokens=6))
     next(steps)
     down.weight = torch.nn.Parameter(-down.weight.data)
@@ -2028,33 +1914,24 @@ def test_cuda_engine_skips_zeros(monkeypatch):
     assert type(engine.make_cache(1, 9)) is StaticCache and engine.tables == {}  # which make room for it
 
 
-# A change of a model; how many of the two kernels are left; how often a step is captured anew (not for a weight that is
-# read where it was, nor where hooks have to run); warnings.
-CHANGES = {
-    "mlp.dense_4h_to_h = nn.Sequential(down, nn.Tanh()).eval()": (1, 1, 0),
-    "mlp.dense_4h_to_h = nn.Linear(*down.weight.shape[::-1]).to(down.weight).eval()": (2, 1, 0),
-    "mlp.forward = lambda x: x": (1, 0, 0),
-    "down.forward = lambda x: x @ down.weight.t()": (1, 0, 0),
-    "block.train()": (0, 0, 0),
-    "block.post_attention_layernorm.eps = 0.5": (2, 1, 0),
-    "down.weight = nn.Parameter(-down.weight.data)": (2, 1, 0),
-    "down.bias = nn.Parameter(down.bias.data.as_subclass(Packed))": (1, 0, 0),
-    "down.weight.detach().mul_(0.5)": (2, 1, 0),
-    "down.weight.data.neg_()": (2, 0, 0),
-    "down.weight.data = -down.weight.data.t().clone().t()": (2, 1, 0),
-    "vector_to_parameters(0.9 * parameters_to_vector(down.parameters()), down.parameters())": (2, 1, 0),
-    "prune.random_unstructured(down, 'weight', 0.5)": (1, 0, 0),
-    "weight_norm(down).parametrizations.weight.original0.data.neg_()": (1, 0, 0),
-    "down.register_forward_pre_hook(lambda module, x: (0.5 * x[0],))": (1, 0, 0),
-    "mlp.register_forward_hook(negate)": (1, 0, 0),
-    "block.self_attn.register_forward_hook(negate)": (0, 0, 0),
-    "block.self_attn.q_layernorm.register_forward_hook(negate)": (0, 0, 0),
-    "model.lm_head.register_forward_hook(negate)": (2, 0, 0),
-    "scale(persimmon.Attention)": (0, 0, 3),  # a warning for T = 1, one for T > 1, and one for blocks
-    "scale(persimmon.MLP)": (1, 1, 1),
-    "scale(persimmon.Block)": (1, 1, 1),
-    "persimmon.fused_attend, block.eps = None, 1": (0, 0, 3),
-}
+# Changes of a model, by how many of the two kernels are left; how often a step is captured anew (not for a weight that
+# is read where it was, nor where hooks have to run); warnings (of an Attention one each for T = 1, T > 1 and blocks).
+CHANGES = {change: effects for effects, changes in {
+    (0, 0, 0): ["block.train()", "block.self_attn.register_forward_hook(negate)",
+                "block.self_attn.q_layernorm.register_forward_hook(negate)"],
+    (1, 0, 0): ["mlp.forward = lambda x: x", "down.forward = lambda x: x @ down.weight.t()",
+                "down.bias = nn.Parameter(down.bias.data.as_subclass(Packed))",
+                "prune.random_unstructured(down, 'weight', 0.5)",
+                "weight_norm(down).parametrizations.weight.original0.data.neg_()",
+                "down.register_forward_pre_hook(lambda module, x: (0.5 * x[0],))", "mlp.register_forward_hook(negate)"],
+    (1, 1, 0): ["mlp.dense_4h_to_h = nn.Sequential(down, nn.Tanh()).eval()"],
+    (2, 0, 0): ["down.weight.data.neg_()", "model.lm_head.register_forward_hook(negate)"],
+    (2, 1, 0): ["mlp.dense_4h_to_h = nn.Linear(*down.weight.shape[::-1]).to(down.weight).eval()",
+                "block.post_attention_layernorm.eps = 0.5", "down.weight = nn.Parameter(-down.weight.data)",
+                "down.weight.data = -down.weight.data.t().clone().t()", "down.weight.detach().mul_(0.5)",
+                "vector_to_parameters(0.9 * parameters_to_vector(down.parameters()), down.parameters())"],
+    (0, 0, 3): ["scale(persimmon.Attention)", "persimmon.fused_attend, block.eps = None, 1"],
+    (1, 1, 1): ["scale(persimmon.MLP)", "scale(persimmon.Block)"]}.items() for change in changes}
 
 
 def make_change(model: PersimmonForCausalLM, change: str, monkeypatch) -> None:
@@ -2062,41 +1939,30 @@ def make_change(model: PersimmonForCausalLM, change: str, monkeypatch) -> None:
     block = model.model.layers[0]
     exec(change, globals() | {
         "model": model, "block": block, "mlp": block.mlp, "down": block.mlp.dense_4h_to_h, "nn": torch.nn,
-        "negate": lambda module, x, y: -y,
+        "negate": lambda module, x, y: -y,  # Packed: as weights of torchao's are, which no kernel can read
+        "Packed": type("Packed", (torch.Tensor,), {"__deepcopy__": lambda p, _: torch.nn.Parameter(p.data.clone())}),
         "scale": lambda kind: monkeypatch.setattr(kind, "forward", lambda *a, old=kind.forward: old(*a) * 1.001)})
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
 @pytest.mark.parametrize("change", CHANGES)
-def test_cuda_engine_notices_changes(small, monkeypatch, change):
+def test_cuda_engine_notices_changes(small, monkeypatch, recwarn, change):
     """After a generation, and between two of its steps: what has changed or is wrong runs plainly, and nothing else."""
     (kernels_left, captured, warned), ids = CHANGES[change], random_ids(small.config, rows=1, length=9)
-    calls = use_cuda_engine(monkeypatch)
-    run = partial(small.generate, ids, max_new_tokens=12)
+    calls, run = use_cuda_engine(monkeypatch), partial(small.generate, ids, max_new_tokens=12)
     run()
     next(steps := generate(small, ids, max_new_tokens=12))
     next(steps)
     make_change(small, change, monkeypatch)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found = run()
-        calls.clear()
-        assert torch.equal(run(), found) and len(calls) == kernels_left
-    assert ["CUDA kernels are not used" in str(w.message) for w in said] == [True] * warned
+    warnings.simplefilter("always")
+    found = run()
+    calls.clear()
+    assert torch.equal(run(), found) and len(calls) == kernels_left
+    assert ["CUDA kernels are not used" in str(w.message) for w in recwarn] == [True] * warned
     RecordedGraph.count = 0
     assert len([*steps]) == 10 and RecordedGraph.count == captured
     small.fast = False
     assert torch.equal(run(), found)
-
-
-def test_to_host_is_one_step_late(small, monkeypatch):
-    """Step n + 1 is asked for before the result of step n is seen, but for the first."""
-    without_gpu(monkeypatch)
-    for kind, how_many in ((Engine, [1, 2, 3]), (CudaEngine, [1, 3, 3])):
-        asked = []
-        results = (asked.append(n) or torch.tensor([[n, 7], [5, -n]], device=DEVICE).unbind() for n in range(3))
-        assert [(*result, len(asked)) for result in kind(small).to_host(results)] == [
-            ([n, 7], [5, -n], asked_then) for n, asked_then in enumerate(how_many)]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
@@ -2188,8 +2054,7 @@ def test_sample_py_in_two_processes(options, stdin):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    words = f"sample.py --device cpu --dtype float32 -n 20 {options}".split()
-    command = ["timeout", "100", sys.executable, *words]
+    command = ["timeout", "100", sys.executable, *f"sample.py --device cpu --dtype float32 -n 20 {options}".split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
     second = subprocess.Popen(command, stdin=subprocess.DEVNULL, **pipes, env={**os.environ, **shared, "RANK": "1"})
     first = subprocess.run(command, input=stdin, **pipes, env={**os.environ, **shared, "RANK": "0"})
@@ -2267,7 +2132,6 @@ def edited(folder: Path, *replacements: tuple[str, str], source: str = SOURCE) -
     return module
 
 
-# --- structure -------------------------------------------------------------------------------------------------------
 BLOCKS = {"a": "CpuEngine", "b": "Int8Linear", "c": "CudaEngine", "d": "ParallelForCausalLM"}  # a class of each
 PARTS = ("I", "II", "III", *BLOCKS)
 
@@ -2280,31 +2144,19 @@ def split_source() -> dict[str, list[str]]:
     return {part: lines[start:stop] for part, start, stop in zip(("", *PARTS), [0, *at], [*at, None])}
 
 
-def upward_uses(parts: dict[str, list[str]]) -> Counter:
-    """"part: word" -> how often a part says what only parts define that it must not know, or what could hide that."""
+def test_nothing_refers_upward():
+    """No part says what only parts define that it must not know, nor what could hide that."""
     others = torch, torch.nn.Linear(1, 1), torch.Tensor, torch.finfo, list, dict, partial
     torchs = set(itertools.chain.from_iterable(map(dir, others)))
-    nodes = {part: [*ast.walk(ast.parse("".join(lines)))] for part, lines in parts.items()}
+    nodes = {part: [*ast.walk(ast.parse("".join(lines)))] for part, lines in split_source().items()}
     defined = {part: {getattr(n, name) for n in nodes[part] if not isinstance(getattr(n, "ctx", None), ast.Load)
-                      for name in {"name", "arg", "id", "attr"} & vars(n).keys()} for part in parts}
-    functions, uses = {getattr(n, "name", None) for n in itertools.chain(*nodes.values())}, Counter()
+                      for name in {"name", "arg", "id", "attr"} & vars(n).keys()} for part in nodes}
+    functions = {getattr(n, "name", None) for n in itertools.chain(*nodes.values())}
     for i, part in enumerate(PARTS):
         hidden = set().union(*defined.values()) - torchs.union(*(defined[p] for p in ("", *PARTS[: min(i, 3)], part)))
-        words = [getattr(n, "id", None) or getattr(n, "attr", None) for n in nodes[part]]
-        words += [n.value for n in nodes[part] if isinstance(n, ast.Constant) and n.value in functions]
-        uses += Counter(f"{part}: {word}" for word in words if word in hidden | {"globals", "exec", "__import__"})
-    return uses
-
-
-def test_nothing_refers_upward():
-    parts = split_source()
-    assert not upward_uses(parts)
-    cases = [("I", "x: QuantizedLinear"), ("I", "lambda cache: cache.is_capturing"), ("I", "lambda: load_config"),
-             ("I", "lambda: getattr(torch, 'cpu_has')"), ("II", "lambda: globals"), ("b", "lambda x: x.compared")]
-    cases += [(part, name) for part in PARTS for block, name in BLOCKS.items() if block != part]
-    for part, line in cases:
-        parts[part].append(line + "\n")
-    assert upward_uses(parts) == Counter(part + ": " + re.findall(r"\w+", line)[-1] for part, line in cases)
+        words = {getattr(n, "id", None) or getattr(n, "attr", None) for n in nodes[part]}
+        words |= {n.value for n in nodes[part] if isinstance(n, ast.Constant)} & functions
+        assert not words & (hidden | {"globals", "exec", "__import__"}), part
 
 
 def test_size():
@@ -2312,19 +2164,6 @@ def test_size():
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 600
-
-
-def test_importing_does_nothing_but_enter_engines_and_quantizers():
-    code = [ast.unparse(node) for node in ast.parse(SOURCE).body[1:]
-            if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))]
-    names = "ENGINES: ARCHITECTURE DTYPES CONFIG_TYPES CONFIG_RANGES TOKENIZER_FILES SAFETENSORS_DTYPES QUANTIZERS: __all__ ENGINES['cpu'] " \
-        "__all__ QUANTIZERS['int8'] ENGINES['cuda'] __all__"
-    assert " ".join(line.split()[0] for line in code) == names and all(code[n].endswith("] = {}") for n in (0, 7))
-    program = ("import sys, os, warnings, torch; os.environ.clear(); old = set(sys.modules), warnings.filters[:]; "
-               "import persimmon; assert not os.environ and old[1] == warnings.filters; "
-               "print(*{m.split('.')[0] for m in set(sys.modules) - old[0]} - sys.stdlib_module_names)")  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
-    assert (result.stdout.strip(), result.stderr) == ("persimmon", "")
 
 
 def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
@@ -2354,11 +2193,11 @@ def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
         assert out.getvalue() == expected.setdefault("sample.py", out.getvalue()), letters
 
 
-# --- copy and change -------------------------------------------------------------------------------------------------
 def use_cuda(module: ModuleType, monkeypatch) -> ModuleType:
     """Has a copy of persimmon use its CudaEngine on DEVICE, without a GPU in Triton's interpreter."""
     if DEVICE == "cuda":
         return module
+    use_interpreter(module, monkeypatch)
     from triton.runtime.interpreter import GridExecutor
 
     def recorded(executor, *args, launch=GridExecutor.__call__, **options) -> None:
@@ -2368,43 +2207,36 @@ def use_cuda(module: ModuleType, monkeypatch) -> ModuleType:
             launch(executor, *args, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", recorded)
-    use_interpreter(module, monkeypatch)
-    without_gpu(monkeypatch)
-    monkeypatch.setattr(module, "nonzero_bags", lambda *_: None)  # as off the CPU
-    monkeypatch.setitem(module.ENGINES, "cpu", module.CudaEngine)
+    without_gpu(monkeypatch, module)
     return module
 
 
 SDPA = "return nn.functional.scaled_dot_product_attention("
-EDITS = {  # of Part I: what a person changes who copies the file; and which parts of the engines have to step aside
-    "GELU": ([("self.dense_h_to_4h(x).relu().square()", "nn.functional.gelu(self.dense_h_to_4h(x))")], "block"),
-    "no MLP in every second layer": ([
-        ("return x + self.dropout(", "return x if self.self_attn.layer % 2 else x + self.dropout(")], "block"),
-    "window in attention": ([
-        (SDPA, """column, is_causal = torch.arange(k.shape[2], device=q.device), False
+UNMASKED = "input_pos.shape[0] in (1, S)", "input_pos.shape[0] in (1, S) and S <= 100"
+EDITS = {  # of Part I: what a person changes who copies the file; first, which parts of the engines have to step aside
+    "GELU": ("block", ("self.dense_h_to_4h(x).relu().square()", "nn.functional.gelu(self.dense_h_to_4h(x))")),
+    "no MLP in every second layer": (
+        "block", ("return x + self.dropout(", "return x if self.self_attn.layer % 2 else x + self.dropout(")),
+    "window in attention": ("block attention cpu", (
+        SDPA, """column, is_causal = torch.arange(k.shape[2], device=q.device), False
     row = column[k.shape[2] - q.shape[2] :, None]
     window = (column <= row) & (row - column < 100)
     mask = window if mask is None else mask & window
-    """ + SDPA)], "block attention cpu"),
-    "window in causal_mask": ([
-        ("input_pos.shape[0] in (1, S)", "input_pos.shape[0] in (1, S) and S <= 100"),
-        ("(column <= row)[None, None]", "((column <= row) & (row - column < 100))[None, None]")], ""),
-    "window made from S": ([
-        ("input_pos.shape[0] in (1, S)", "input_pos.shape[0] in (1, S) and S <= 100"),
-        ("(column <= row)[None, None]",
-         "((column <= row) & (column > row - row[0] + S - len(row) - 100))[None, None]")], "block attention"),
-    "keys of one head": ([
-        ("B, config.num_attention_heads, N,", "B, 1, N,"),
+    """ + SDPA)),
+    "window in causal_mask": (
+        "", UNMASKED, ("(column <= row)[None, None]", "((column <= row) & (row - column < 100))[None, None]")),
+    "window made from S": ("block attention", UNMASKED, (
+        "(column <= row)[None, None]", "((column <= row) & (column > row - row[0] + S - len(row) - 100))[None, None]")),
+    "keys of one head": (
+        "block attention prefill cpu", ("B, config.num_attention_heads, N,", "B, 1, N,"),
         ("hidden_size, 3 * config.hidden_size)", "hidden_size, config.hidden_size + 2 * config.head_dim)"),
         ("self.num_heads, 3, self.head_dim).unbind(3)", "-1, self.head_dim).split((self.num_heads, 1, 1), 2)"),
-        (SDPA, "k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))\n    " + SDPA)],
-        "block attention prefill cpu"),
-    "interleaved RoPE": ([("x[..., : R // 2], x[..., R // 2 : R]", "x[..., 0:R:2], x[..., 1:R:2]")],
-                         "block attention prefill"),
-    "soft cap": ([(".logits[:, -1].float()", ".logits[:, -1].float().tanh()")], ""),  # not in a module
-    "padding that one position sees": ([
-        (SDPA, "mask = torch.ones_like(mask) if mask is not None and q.shape[2] == 1 else mask\n    " + SDPA)], "cpu"),
-}  # fmt: skip
+        (SDPA, "k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))\n    " + SDPA)),
+    "interleaved RoPE": (
+        "block attention prefill", ("x[..., : R // 2], x[..., R // 2 : R]", "x[..., 0:R:2], x[..., 1:R:2]")),
+    "soft cap": ("", (".logits[:, -1].float()", ".logits[:, -1].float().tanh()")),  # not in a module
+    "padding that one position sees": ("cpu", (
+        SDPA, "mask = torch.ones_like(mask) if mask is not None and q.shape[2] == 1 else mask\n    " + SDPA))}
 
 
 def set_processor(module: ModuleType, processor: str) -> ModuleType:
@@ -2414,23 +2246,12 @@ def set_processor(module: ModuleType, processor: str) -> ModuleType:
     return module
 
 
-def logits_of(model, ids, mask=None, room: int = 299, steps: int = 3, is_plain: bool = False) -> torch.Tensor:
-    """(steps, B, V) by the model's engine, in a cache of `room`: after a prompt, and after each of the last tokens."""
-    module, T = sys.modules[type(model).__module__], ids.shape[1] - steps + 1
-    engine = module.Engine(model) if is_plain else module.engine_for(model)
-    with torch.no_grad():
-        cache = engine.make_cache(len(ids), room)
-        found = [engine.prefill(ids[:, :T], mask, cache)]
-        return torch.stack(found + [engine.decode(x, mask, cache).clone() for x in ids[:, T:, None].unbind(1)])
-
-
 def check_engine(model, ids, dtype, mask=None, room: int = 299) -> tuple[int, Engine]:
     """The engine's logits are as exact as plain ones. Returns how often it warned, which it does not a second time."""
     exact, model, counts = logits_of(model, ids, mask, room, is_plain=True), copy.deepcopy(model).to(dtype), []
     limit = 2 * distance(logits_of(model, ids, mask, room, is_plain=True), exact) + 1e-5
     for _ in range(2):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True, action="always") as caught:
             assert distance(logits_of(model, ids, mask, room), exact) <= limit
         counts.append(sum("not used" in str(w.message) for w in caught))
     assert counts[1] == 0 and type(model.engine) is sys.modules[type(model).__module__].ENGINES[ids.device.type]
@@ -2439,7 +2260,8 @@ def check_engine(model, ids, dtype, mask=None, room: int = 299) -> tuple[int, En
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_cpu_follows_an_edit(tmp_path, name):
-    module, (_, aside) = edited(tmp_path, *EDITS[name][0]), EDITS[name]
+    aside, *replacements = EDITS[name]
+    module = edited(tmp_path, *replacements)
     model, length = small_model(module, 16), 150 if "window" in name else 21
     ids, mask = random_ids(model.config, 2, length), torch.arange(length) >= torch.tensor([[8], [0]])
     both = (logits_of(m, ids, mask, is_plain=True) for m in (model, small_model(persimmon, 16)))
@@ -2452,10 +2274,9 @@ def test_a_cpu_follows_an_edit(tmp_path, name):
     check_engine(model, ids, torch.float16, mask, room=300)
 
 
-@runs_kernel
 @pytest.mark.parametrize("name", every(EDITS, [*EDITS][1:]))
 def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
-    replacements, aside = EDITS[name]
+    aside, *replacements = EDITS[name]
     short = [(old, new.replace("100", "20")) for old, new in replacements]  # for the interpreter, which is slow
     model = small_model(use_cuda(edited(tmp_path, *short), monkeypatch), 2, 1 + ("layer" in name)).to(DEVICE)
     ids = random_ids(model.config, 2, 24 if "window" in name else 7).to(DEVICE)
@@ -2470,7 +2291,6 @@ def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
         assert check_engine(model, ids, torch.float32, mask, 40)[0] == 2 or "padding" not in name
 
 
-@runs_kernel
 def test_modules_that_an_edit_removes_are_not_missed_on_cuda(tmp_path, monkeypatch):
     """The norms of q and k, the head where it is tied to the embedding, and the name of a block's attention."""
     norms = re.search("        norm = partial.*?\n        self.k_layernorm[^\n]*\n", SOURCE, re.S)[0]
@@ -2484,7 +2304,6 @@ def test_modules_that_an_edit_removes_are_not_missed_on_cuda(tmp_path, monkeypat
         check_engine(model, random_ids(model.config, 1, 7).to(DEVICE), torch.float32, room=60)
 
 
-@runs_kernel
 def test_what_random_weights_hide_is_seen_on_cuda(tmp_path, monkeypatch):
     """A cap that only large scores reach, in 16 bit; a gate that is open until a model's weights are loaded."""
     cap = """scores = 40 * (q.float() @ k.float().mT / (40 * q.shape[3] ** 0.5)).tanh()
@@ -2506,39 +2325,32 @@ def test_what_random_weights_hide_is_seen_on_cuda(tmp_path, monkeypatch):
             assert distance(run(), run(is_plain=True)) < 1e-4
 
 
-@pytest.fixture(params=["on_cpu", pytest.param("on_cuda", marks=runs_kernel)])
-def copied(request, tmp_path, monkeypatch) -> PersimmonForCausalLM:
-    """A small model of a copy of persimmon.py, with its CpuEngine or its CudaEngine."""
-    if request.param == "on_cpu":
-        return small_model(set_processor(edited(tmp_path), "Zen 4"), 5, hidden_dropout=1.0)
-    return small_model(use_cuda(edited(tmp_path), monkeypatch), 1, 1, hidden_dropout=1.0).to(DEVICE)
-
-
-def test_a_change_after_a_generation_is_followed(copied, request, monkeypatch):
-    changes = [change for change in CHANGES if "persimmon" not in change and "Packed" not in change]
-    ids = random_ids(copied.config, 1, 6).to(copied.lm_head.weight.device)
-    few = ["block.train()", "down.weight = nn.Parameter(-down.weight.data)"]
-    for change in changes if "on_cpu" in request.node.name else every(changes, few):
+@pytest.mark.parametrize("kind", ["on_cpu", "on_cuda"])
+def test_changes_are_followed(tmp_path, monkeypatch, kind):
+    """After a generation; and between two steps of one, where no change changes the largest logit."""
+    module, changes = edited(tmp_path), [c for c in CHANGES if "persimmon" not in c and "Packed" not in c]
+    if kind == "on_cpu":
+        copied = small_model(set_processor(module, "Zen 4"), 5, hidden_dropout=1.0)
+    else:
+        copied = small_model(use_cuda(module, monkeypatch), 1, 1, hidden_dropout=1.0).to(DEVICE)
+        changes = every(changes, ["block.train()", "down.weight = nn.Parameter(-down.weight.data)"])
+    ids = random_ids(copied.config, 1, 7).to(copied.lm_head.weight.device)
+    for change in changes:
         before = logits_of(model := copy.deepcopy(copied), ids, steps=2)
         make_change(model, change, monkeypatch)
         expected = logits_of(model, ids, steps=2, is_plain=True)
         assert distance(expected[0], before[0]) > 1e-2, f"{change} changes nothing"
         assert distance(logits_of(model, ids, steps=2), expected) < 1e-4, f"{change} is not followed"
-
-
-def test_a_change_between_two_steps_is_followed(copied, monkeypatch):
-    """`fast` is switched, a hook added and removed, and the head's weight replaced: none changes the largest logit."""
-    module, head, hooks, found = sys.modules[type(copied).__module__], copied.lm_head, [], []
-    ids, sample = random_ids(copied.config, 1, 7).to(head.weight.device), module.sample
+    head, hooks, found = copied.lm_head, [], []
     changes = {1: lambda: setattr(copied, "fast", False), 4: lambda: setattr(copied, "fast", True),
                2: lambda: hooks.append(head.register_forward_hook(lambda _, __, y: 3 * y)),
-               6: lambda: hooks.pop().remove(),
-               7: lambda: setattr(head, "weight", torch.nn.Parameter(5 * head.weight.detach()))}  # fmt: skip
+               6: lambda: hooks[0].remove(),
+               7: lambda: setattr(head, "weight", torch.nn.Parameter(5 * head.weight.detach()))}
 
     def recorded(logits, *options):
         found.append((logits.clone(), type(copied.engine) is module.Engine))
         changes.get(len(found), bool)()
-        return sample(logits, *options)
+        return module.sample(logits, *options)
 
     monkeypatch.setattr(copied, "sample", recorded)
     text = copied.generate(ids, max_new_tokens=10)
@@ -2548,25 +2360,6 @@ def test_a_change_between_two_steps_is_followed(copied, monkeypatch):
     assert [is_plain for _, is_plain in found] == [False, True, True, True, *[False] * 6]
 
 
-@runs_kernel
-def test_a_step_is_replayed_on_cuda(tmp_path, monkeypatch):
-    """Of padded texts, in int8, in a conversation, in a branch of it, after crop."""
-    module = use_cuda(edited(tmp_path), monkeypatch)
-    model = small_model(module, 1, 1).to(DEVICE)
-    ids, cache = random_ids(model.config, 2, 6).to(DEVICE), module.engine_for(model).make_cache(1, 60)
-
-    check = partial(text_as_plain, n=3)
-    check(model, ids, torch.arange(6).to(ids) >= ids.new_tensor([[2], [0]]))
-    check(module.quantize_model(copy.deepcopy(model), "int8"), ids)
-    text = check(model, ids[:1], cache=cache)
-    check(model, torch.cat((text, ids[1:, :2]), 1), cache=copy.deepcopy(cache))
-    check(model, torch.cat((text, ids[1:, 2:5]), 1), cache=cache)  # which the branch has not touched
-    cache.crop(4)
-    check(model, torch.cat((text[:, :6], ids[1:, :2]), 1), cache=cache)
-    assert cache.length == int(cache.position) and model.engine.compared["block", False, False, False, 0] == 60
-
-
-# --- ordinary parameters, large matrices -----------------------------------------------------------------------------
 def test_a_generation_leaves_the_model_as_it_was(tmp_path):
     """Parameters are ordinary, passes give the same bits, hooks see them, no copy or file holds an engine's table."""
     model, file, seen = wide_model().bfloat16(), tmp_path / "saved.pt", []
@@ -2602,8 +2395,8 @@ def test_a_generation_leaves_the_model_as_it_was(tmp_path):
     assert len(late.engine.tables) == 1 and not any("forward" in vars(m) for m in late.modules())
 
 
-def test_when_tables_are_made(monkeypatch):
-    """Not before the first token is there; with progress; if there is memory; anew after changes."""
+def test_tables(monkeypatch):
+    """Not made before the first token is there; with progress; if there is memory; anew after changes."""
     model, fractions = wide_model(2), []
     ids, mlps = random_ids(model.config, 1, 9), [block.mlp for block in model.model.layers]
     first, second = downs = [mlp.dense_4h_to_h for mlp in mlps]
@@ -2634,11 +2427,7 @@ def test_when_tables_are_made(monkeypatch):
             assert [*model.engine.tables] == [second]  # until the next prompt
             cache.crop(8)
             model.engine.find_linears([*model.modules()]), model.engine.prepare()
-
-
-def test_generations_side_by_side():
-    """Two at once, step by step or in two threads, give the same tokens as one after the other."""
-    model, options = wide_model(2), {"max_new_tokens": 10, "temperature": 0.9, "seed": 4}
+    options = {"max_new_tokens": 10, "temperature": 0.9, "seed": 4}  # two generations at once, by steps or in threads
     prompts = [random_ids(model.config, 1, length) for length in (9, 14)]
     expected = [model.generate(ids, **options).tolist() for ids in prompts]
     for _ in range(3):
@@ -2664,10 +2453,9 @@ def cli(monkeypatch):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8", "surrogateescape"))
         monkeypatch.setattr("sys.stdout", out := io.StringIO())
         monkeypatch.setattr("sys.stderr", error := Mock(io.StringIO(), isatty=lambda: tty))
-        codes, options = [], ["--device", "cpu", *map(str, arguments)]
-        thread = threading.Thread(target=lambda: codes.append(sample_script.main(options)))
-        thread.start(), thread.join()
-        return codes[0], out.getvalue(), "".join(call.args[0] for call in error.write.mock_calls)
+        with persimmon.ThreadPoolExecutor(1) as pool:
+            code = pool.submit(sample_script.main, ["--device", "cpu", *map(str, arguments)]).result()
+        return code, out.getvalue(), "".join(call.args[0] for call in error.write.mock_calls)
     return run
 
 
@@ -2700,7 +2488,7 @@ def test_figures_and_progress(cli, tiny, monkeypatch):
     assert "laying" not in "".join(other) and other[2] == ""
 
 
-def test_options_reach_the_model(cli, tiny, monkeypatch, tmp_path):
+def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     (tmp_path / "one").write_text(text := "To be, or not\n")
     for arguments in (["To be, or not"], ["-p", "To be, or not"], ["-f", tmp_path / "one"], ["-", "--plain"]):
         assert cli(*arguments, *GREEDY, 9, stdin=text.encode()) == (0, tiny[2](text[:-1], 9)[0] + "\n", "")
@@ -2718,9 +2506,6 @@ def test_options_reach_the_model(cli, tiny, monkeypatch, tmp_path):
         assert run("-n", 80, "--stop", other, "--stop", stop)[1] == free[: free.index(stop, 7)] + "\n"
     monkeypatch.setattr(torch, "set_num_threads", Mock())
     assert cli(*GREEDY, 1)[0] == cli(*GREEDY, 1, "-t", 2)[0] == 0 and torch.set_num_threads.mock_calls == [((2,),)]
-
-
-def test_batch_and_json(cli, tiny):
     lines = b'\xef\xbb\xbf"JULIET:\\n"\r\n \r\nTo be\r\n{"no": "prompt"}\r\n[1]\n'
     for _ in range(2):
         lines = cli("--batch", "-", "--json", *GREEDY, 3, stdin=lines)[1].encode()
@@ -2760,8 +2545,7 @@ def test_batch_and_json(cli, tiny):
     ("-f /nowhere", "No such file"), ("-f /dev/null --no-bos", "is (1, 0)"), ("--what=4", "no option --what: see"),
     ("-m LICENSE", "run `python convert.py LICENSE LICENSE-safetensors` and `python sample.py -m LICENSE-safetensors`"),
     ("-m adept/8b", "run `hf download adept/8b --local-dir adept/8b`, `python convert.py adept/8b 8b-safetensors` and"),
-    ("-", "the prompt is not UTF-8: invalid start byte at byte 1"), ("a" * 9000, "fills the context of 1024"),
-])  # fmt: skip
+    ("-", "the prompt is not UTF-8: invalid start byte at byte 1"), ("a" * 9000, "fills the context of 1024")])
 def test_errors(cli, arguments, message, monkeypatch):
     monkeypatch.chdir(HERE)
     code, _, error = cli(*arguments.split(), stdin=b"a\xff")
@@ -2769,7 +2553,7 @@ def test_errors(cli, arguments, message, monkeypatch):
 
 
 def test_a_classifier_can_not_write(cli, tmp_path):
-    PersimmonForSequenceClassification(replace(load_config(TINY), num_hidden_layers=1)).save_pretrained(tmp_path / "scores")
+    OfText(replace(load_config(TINY), num_hidden_layers=1)).save_pretrained(tmp_path / "scores")
     shutil.copy(TINY / "tokenizer.model", tmp_path / "scores")
     code, _, error = cli("-m", tmp_path / "scores")
     assert code == 2 and error.startswith(f"sample.py: error: {tmp_path}/scores has no lm_head.weight")
@@ -2786,8 +2570,7 @@ def test_interrupts_and_lack_of_memory(cli, monkeypatch):
         [SimpleNamespace(finish_reason="Ctrl-C")], RuntimeError("CUDA error: illegal access")]))
     assert all(cli("hi")[2].startswith("sample.py: error: out of memory: ") for _ in range(3))
     assert cli("hi") == cli("hi", "--num-samples", 17, "--json") == (130, "", "")
-    with pytest.raises(RuntimeError, match="illegal"):
-        sample_script.main(["hi", "--device", "cpu"])
+    refuses("illegal", cli, "hi", error=RuntimeError)
 
 
 def test_random_weights(cli, monkeypatch):
@@ -2811,15 +2594,22 @@ def test_as_programs(tmp_path):
     code = ("import runpy, sys; sys.argv[1:] = '-n 3 --device cpu'.split()\ntry: runpy.run_path('sample.py', "
             "run_name='__main__')\nfinally: assert not {'torch._dynamo', 'triton'} & sys.modules.keys()")
     for words, path, status, error in (
-            ("sample.py", tmp_path, -signal.SIGINT, ""), ("sample.py --help", tmp_path, 0, ""),
+            ("sample.py", tmp_path, -signal.SIGINT, ""), ("convert.py a b", tmp_path, 130, ""),
+            ("sample.py --help", tmp_path, 0, ""), ("-I -S convert.py --help", "", 0, ""),
             ("sample.py --what", tmp_path, 2, "sample.py: error: .* --what: .*\n"),
             ("sample.py >&-", tmp_path, 2, "sample.py: error: .* is closed\n"), ('-c "$1" <&- 2>&-', "", 0, ""),
             ("sample.py -n 900 --ignore-eos --device cpu | head -c 30", "", 128 + signal.SIGPIPE, ""),
             ("-I -S convert.py a b", "", 2, "convert.py: error: torch is not installed: .*\n"),
-            ("-I -S convert.py a", "", 2, "convert.py: error: .*OUTPUT.*\n"), ("-I -S convert.py --help", "", 0, "")):
+            ("-I -S convert.py a", "", 2, "convert.py: error: .*OUTPUT.*\n")):
         command = ["bash", "-o", "pipefail", "-c", f'exec "$0" {words}', sys.executable, code]
         result = subprocess.run(command, cwd=HERE, capture_output=True, env={**os.environ, "PYTHONPATH": str(path)})
         assert result.returncode == status and re.fullmatch(error, result.stderr.decode()), words
+        if words == "sample.py --help":  # it is short and tells the defaults
+            lines = result.stdout.decode().split("\n")
+            assert len(lines) <= 48 and max(map(len, lines)) <= 80 and r"$'ROMEO:\n'" in "".join(lines)
+            rows = itertools.chain(*(group.values() for group in sample_script.OPTIONS.values()))
+            defaults = [f"{row[1]:g}" for row in rows if row[0] in (int, float) and row[1] is not None]
+            assert re.findall(r"\[([\d.]+)\]", "".join(lines)) == defaults
 
 
 def test_chat_reads_what_is_new_and_answers_as_a_fresh_run(cli, tiny, monkeypatch):
@@ -2890,23 +2680,12 @@ def test_chat_in_a_terminal():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_help_is_short_and_tells_the_defaults(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        sample_script.main(["--help"])
-    lines = capsys.readouterr().out.split("\n")
-    assert len(lines) <= 48 and max(map(len, lines)) <= 80 and r"$'ROMEO:\n'" in "".join(lines)
-    defaults = [row[1] for group in sample_script.OPTIONS.values() for row in group.values() if row[0] in (int, float)]
-    assert re.findall(r"\[([\d.]+)\]", "".join(lines)) == [f"{value:g}" for value in defaults if value is not None]
-
-
 # === convert.py ======================================================================================================
 RELEASE = PersimmonConfig(400, 48, 80, 3, 3, 160, hidden_dropout=0.1)
 
 
 def release_pickle(weights: dict, args: dict, **extra) -> dict:
     """What is in Adept's model_optim_rng.pt: nested and dotted keys mixed, args, numbers and states of the training."""
-    from collections import deque  # stands for a class of megatron's
-
     encoder = {f"layers.{n}.self_attention.rotary_emb.inv_freq": torch.ones(4) for n in range(3)}
     encoder |= {name.removeprefix("model.").replace("self_attn", "self_attention"): tensor
                 for name, tensor in weights.items() if "layer" in name}
@@ -2917,10 +2696,9 @@ def release_pickle(weights: dict, args: dict, **extra) -> dict:
         "rotary_pct": 0.5, "rotary_emb_base": 25000, "layernorm_epsilon": 1e-5, "padded_vocab_size": 400,
         "max_position_embeddings": 160, "qk_layernorm": "weights_per_layer", "sq_relu": True, "untie_embeddings": True,
         "pos_emb": "rotary", "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "hidden_dropout": 0.1,
-        "attention_dropout": 0.0, "init_method_std": 0.02, "params_dtype": torch.bfloat16, "signal": signal.SIGINT,
-        **args}
-    args = argparse.Namespace(**{name: value for name, value in values.items() if value != "absent"})
-    states = [random.getstate(), numpy.random.get_state(), torch.get_rng_state(), partial(max), deque("ab")]
+        "attention_dropout": 0.0, "init_method_std": 0.02, "params_dtype": torch.bfloat16, "signal": signal.SIGINT}
+    args = argparse.Namespace(**{name: value for name, value in (values | args).items() if value != "absent"})
+    states = [random.getstate(), numpy.random.get_state(), torch.get_rng_state(), partial(max), Counter("ab")]
     return {"args": args, "checkpoint_version": 3.0, "model": model, "rng_state": states, **extra}
 
 
@@ -2948,7 +2726,7 @@ def make(tmp_path, weights, tokenizers):
     def hub(*contents, name="hub") -> Path:
         shutil.rmtree(folder := tmp_path / name, ignore_errors=True)
         folder.mkdir()
-        write_config(folder, RELEASE, "2023")
+        write_config(folder, RELEASE)
         (folder / "tokenizer.model").write_bytes(vocabulary)
         files = {f"pytorch_model{n or ''}.bin": content for n, content in enumerate(contents or [weights])}
         for file, content in files.items():
@@ -2957,18 +2735,11 @@ def make(tmp_path, weights, tokenizers):
             places = {name: file for file, content in files.items() for name in content}
             (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
         return folder
-
     return SimpleNamespace(tar=tar, hub=hub)
 
 
 def converted(*arguments: str | Path) -> int:
     return convert.main([str(argument) for argument in arguments])
-
-
-def has_weights(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> bool:
-    state = PersimmonForCausalLM.from_pretrained(folder).state_dict()
-    return state.keys() == weights.keys() and all(
-        torch.equal(state[name], weights[name].to(dtype)) and state[name].dtype == dtype for name in state)
 
 
 @pytest.fixture
@@ -2981,7 +2752,6 @@ def refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert re.search(message, error) and error.startswith("convert.py: error: "), error
         assert error.count("\n") == 1 and len(error) < 600 and sorted(tmp_path.rglob("*")) == before
-
     return check
 
 
@@ -3002,23 +2772,17 @@ def test_convert(tmp_path, make, weights, kind, capsys):
     said = capsys.readouterr()
     assert re.fullmatch(r"90,912 parameters, 0.00 GB\npython sample.py --model .*/out\n", said.out) and said.err == ""
     ids = {} if kind in ("hub", "thirds") else {"bos_token_id": 3, "eos_token_id": 3}  # which a release does not name
-    assert has_weights(out, weights) and load_config(out) == replace(RELEASE, dtype="bfloat16", **ids)
+    assert is_saved(weights, out) and load_config(out) == replace(RELEASE, dtype="bfloat16", **ids)
     assert json.loads((out / TOKENIZER).read_text()) == {
         "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "eos_token": None, "bos_token": "|ENDOFTEXT|",
         "add_bos_token": True, "add_eos_token": False, "model_max_length": 160}
-    assert Tokenizer(out).end_of_text == 3 and sorted(os.listdir(out)) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
-    ours, ids = PersimmonForCausalLM.from_pretrained(out, "float32"), random_ids(RELEASE)
-    with torch.no_grad():
-        assert close(ours(ids).logits, oracle(out)(ids).logits)
+    assert Tokenizer(out).end_of_text == 3 and {*os.listdir(out)} == {*SAVED, "tokenizer.model", TOKENIZER}
 
 
-@pytest.mark.parametrize("kind, dtype, head", [
-    ("int8", "bfloat16", PersimmonForCausalLM), ("int4", "float32", PersimmonForTokenClassification)])
+@pytest.mark.parametrize("kind, dtype, head", [("int8", "bfloat16", HEADS[0]), ("int4", "float32", OfToken)])
 @pytest.mark.filterwarnings("ignore:.* has no score")
 def test_convert_quantizes(tmp_path, refused, kind, dtype, head):
-    """All but the head of a classifier. The source has safetensors, its tokenizer is transformers 5's, and its
-    save_pretrained was killed in the end."""
+    """All but a classifier's head. SOURCE is of a save_pretrained killed in the end, with transformers 5's files."""
     source, out, options = tmp_path / "model", tmp_path / "out", ["--quantize", kind, "--group-size", "64"]
     (model := head.from_pretrained(TINY, num_labels=3)).save_pretrained(complete := source / ".complete")
     (complete / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
@@ -3066,8 +2830,8 @@ def test_convert_reads_args_and_tensors(tmp_path, make, weights, refused, monkey
         monkeypatch.delitem(weights, name)
     absent = dict.fromkeys(("hidden_dropout", "attention_dropout", "init_method_std"), "absent")
     assert converted(make.tar({**absent, "qk_layernorm": "none"}), out) == 0
-    assert load_config(out) == replace(
-        RELEASE, hidden_dropout=0.0, qk_layernorm=False, bos_token_id=3, eos_token_id=3, dtype="bfloat16")
+    config = replace(RELEASE, hidden_dropout=0.0, qk_layernorm=False, bos_token_id=3, eos_token_id=3, dtype="bfloat16")
+    assert load_config(out) == config
 
 
 def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch):
@@ -3084,8 +2848,8 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         (index, b"{}", "hub"), (index, b'{"weight_map": {"a": 1}}', "hub"), (index, b"{nope", "hub"),
         (index, b'{"weight_map": {"a": "pytorch_model.bin", "x": "gone.bin"}}', "hub"),
         (index, b"{}" + 2**24 * b" ", f"{index} has a header or record that is too"),
-        ("hub/pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-         "/pytorch_model.bin is a pointer of Git LFS"), ("hub/config.json", b'{"architectures": 5}', "hub is damaged"),
+        ("hub/pytorch_model.bin", LFS, "/pytorch_model.bin is a pointer of Git LFS"),
+        ("hub/config.json", b'{"architectures": 5}', "hub is damaged"),
         *(("hub/config.json", b'{"architectures": %s}' % names, "hub has an architecture")
           for names in (b"[5]", b'"Persimmon"', b'["PersimmonConfig"]'))):
         make.hub()
@@ -3122,19 +2886,8 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, make, weights):
             shutil.rmtree(out, ignore_errors=True)
 
 
-PICKLES = (  # tuples in tuples as a key; keys with one hash; a list that grows; many dicts; an opcode; an empty stack
-    b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",
-    b"\x80\x02}(" + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(1, 90_000))
-    + b"u.", b"\x80\x02]q\0" + b"h\0a" * 400_000 + b".", b"\x80\x02(" + b"}" * 900_000 + b"t.",
-    b"\x80\x02(K\x01K\x02i__main__\nx\n.", b"\x80\x02a.",
-    # no end; nothing; a huge size; more than 4 MB; calls of no name, of a number; dicts in dicts
-    b"\x80\x02}", b"", b"\x80\x02X\xff\xff\xff\xff.", b"\x80\x02" + b"N0" * 2_500_000 + b".", b"\x80\x02NNR.",
-    b"\x80\x02K\x01)R.", b"\x80\x02" + b"}X\x01\0\0\0a" * 200_000 + b"N" + b"s" * 200_000 + b".")
-
-
 def test_attacks(tmp_path, make, refused):
-    """Pickles, dicts that hold each other, headers of zip and tar that claim what is not there or is too much: each
-    ends in one sentence, in 30 s and 1 GB of memory."""
+    """Pickles, dicts in circles, headers that claim what is not there: each ends in one sentence, in 30 s and 1 GB."""
     tree, circle, many = {}, {}, [0]
     circle["a"] = circle
     for _ in range(40):  # 2**40 paths, and as many numbers, if they are printed
@@ -3143,7 +2896,14 @@ def test_attacks(tmp_path, make, refused):
     sources += [make.tar({name: many}, name=name) for name in ("sq_relu", "hidden_size")]
     (tmp_path / "pipe" / "pytorch_model.bin").unlink()
     os.mkfifo(tmp_path / "pipe" / "pytorch_model.bin")
-    for name, data in (*(("data.pkl", data) for data in PICKLES), ("byteorder", b"little")):
+    pickles = [b"", *(b"\x80\x02" + pickled for pickled in (
+        b"})" + b"\x85" * 300_000 + b"K\x01s.", b"]q\0" + b"h\0a" * 400_000 + b".",  # tuples as a key; a growing list
+        b"}(" + b"".join(b"\x8a\x0b%bN" % (n * (2**61 - 1)).to_bytes(11, "little") for n in range(1, 90_000)) + b"u.",
+        b"(" + b"}" * 900_000 + b"t.", b"(K\x01K\x02i__main__\nx\n.", b"a.",  # many dicts; an opcode; an empty stack
+        b"}", b"X\xff\xff\xff\xff.", b"N0" * 2_500_000 + b".",  # no end; a huge size; more than 4 MB
+        b"NNR.", b"K\x01)R.",  # calls of no name, of a number; last, dicts in dicts
+        b"}X\x01\0\0\0a" * 200_000 + b"N" + b"s" * 200_000 + b"."))]
+    for name, data in (*(("data.pkl", data) for data in pickles), ("byteorder", b"little")):
         sources.append(tmp_path / f"attack{len(sources)}.pt")
         with zipfile.ZipFile(sources[-1], "w") as archive:
             archive.writestr(f"x/{name}", data), archive.writestr("x/version", b"3")
@@ -3182,14 +2942,13 @@ def test_damaged_archives(tmp_path, make, weights, refused, capsys):
         file.write_bytes(good.replace(old, bytes([old[0] ^ 1]) + old[1:]))
         refused("pytorch_model.bin is .*Bad CRC-32 for file .*data", file.parent, out, *options)
     with torch.utils.serialization.config.patch({"save.compute_crc32": False}):
-        assert converted(make.hub(), out) == 0 and has_weights(out, weights)
+        assert converted(make.hub(), out) == 0 and is_saved(weights, out)
     assert re.fullmatch(r"convert.py: warning: .*pytorch_model.bin has no checksums\n", capsys.readouterr().err)
 
 
 def test_convert_refuses_an_output(tmp_path, refused, monkeypatch):
-    """Before SOURCE is read."""
     model, mine = Path(shutil.copytree(TINY, tmp_path / "tiny")), tmp_path / "mine"
-    monkeypatch.setattr(convert, "read_source", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(convert, "read_source", lambda *_: pytest.fail("it was read"))  # before that
     (tmp_path / "link").symlink_to(model)
     for folder in (mine, tmp_path / "out.unfinished"):
         folder.mkdir()
@@ -3204,9 +2963,7 @@ def test_convert_refuses_an_output(tmp_path, refused, monkeypatch):
 
 
 def test_convert_into_a_folder(tmp_path, make, weights, monkeypatch):
-    """--dry-run leaves no trace, nor do files of a tar whose names lead out of it; progress is shown in a terminal, in
-    bytes; --force replaces a model, also where a link leads, and fills a new file system or what a killed run left; an
-    output that another program makes meanwhile stays."""
+    """--dry-run leaves no trace, nor do files of a tar whose names lead out of it; progress is shown in a terminal."""
     tar, out, volume = make.tar(members={"../../x": b"", "/../../../x": b""}), tmp_path / "a" / "b", tmp_path / "volume"
     assert converted(tar, out, "--dry-run") == 0 and os.listdir(tmp_path) == ["release.tar"]
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO()), monkeypatch.setattr(convert, "PIECE", 1 << 20)
@@ -3219,38 +2976,34 @@ def test_convert_into_a_folder(tmp_path, make, weights, monkeypatch):
     (link := tmp_path / "link").symlink_to(out)
     assert converted(tar, link, "--force", "--dry-run") == 0 and load_config(out).vocab_size == 1024
     assert converted(tar, link, "--force") == 0 and link.is_symlink()
-    assert has_weights(out, weights) and len(list(out.glob("*.safetensors"))) == 1
-    for left_over in ("lost+found", ".unfinished/new", ".complete"):
+    assert is_saved(weights, out) and len(list(out.glob("*.safetensors"))) == 1
+    for left_over in ("lost+found", ".unfinished/new", ".complete"):  # a new file system, and what a killed run left
         (volume / left_over).mkdir(parents=True)
-    assert converted(tar, volume, "--force", "--dtype", "float32") == 0 and has_weights(volume, weights, torch.float32)
+    assert converted(tar, volume, "--force", "--dtype", "float32") == 0
+    assert is_saved({name: tensor.float() for name, tensor in weights.items()}, volume)
     assert {*os.listdir(volume)} == {"lost+found", *os.listdir(out)}
+    # an output that another program makes meanwhile stays
     monkeypatch.setattr(convert, "write_folder", lambda *_: shutil.copytree(TINY, tmp_path / "new"))
     assert converted(tar, tmp_path / "new", "--force") == 2 and not [*tmp_path.glob("new?*"), *tmp_path.rglob("x")]
     assert sorted(os.listdir(tmp_path / "new")) == sorted(os.listdir(TINY))
 
 
 def test_convert_that_is_stopped(tmp_path, refused):
-    """Ctrl-C, while torch is imported or what is written is read back, and kill -9 leave no OUTPUT; meanwhile, another
-    process can't write it. The next run succeeds, with closed streams too."""
-    out, fake = tmp_path / "out", tmp_path / "torch.py"
-    fake.write_text("import time; print('importing', flush=True); time.sleep(60)")
-    hanging = ("import convert, sys, time\nconvert.Progress.read = lambda *_: print('checking', flush=True) or "
-               "time.sleep(60)\nsys.exit(convert.main(sys.argv[1:]))")
-    for program, moment, number, code in ((["convert.py"], "importing", signal.SIGINT, 130),
-                                          (["-c", hanging], "checking", signal.SIGINT, 130),
-                                          (["-c", hanging], "checking", signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen([sys.executable, *program, TINY, out], cwd=HERE, stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(fake.parent)})
-        next(line for line in process.stdout if line == f"{moment}\n")
+    """Ctrl-C and kill -9 leave no OUTPUT; meanwhile, another process can't write it. The next run succeeds."""
+    out, hanging = tmp_path / "out", "import convert, sys, time\nconvert.Progress.read = lambda *_: " \
+        "print('checking', flush=True) or time.sleep(60)\nsys.exit(convert.main(sys.argv[1:]))"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen([sys.executable, "-c", hanging, TINY, out], cwd=HERE, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        next(line for line in process.stdout if line == "checking\n")
         if number == signal.SIGKILL:
             refused("another process is writing .*out", TINY, out, "--force")
         process.send_signal(number)
         assert process.communicate(timeout=50)[1] == "" and process.returncode == code and not out.exists()
         assert [*tmp_path.glob("out*")] == [tmp_path / "out.unfinished"] * (number == signal.SIGKILL)
-        fake.unlink(missing_ok=True)
-    command = ["sh", "-c", 'exec "$0" convert.py tiny "$1" 2>&- >&-', sys.executable, out]
+    command = ["sh", "-c", 'exec "$0" convert.py tiny "$1" 2>&- >&-', sys.executable, out]  # with closed streams
     assert subprocess.run(command, cwd=HERE).returncode == 0 and os.listdir(tmp_path) == ["out"]
-    assert has_weights(out, load_file(TINY / "model.safetensors"))
+    assert is_saved(load_file(TINY / "model.safetensors"), out)
 
 
 # === tiny/train.py, and this file as a script ========================================================================
@@ -3299,35 +3052,31 @@ def test_readme(tmp_path, monkeypatch, capsys):
     """Its examples run as they stand, one after the other, in one process; and its command lines are parsed."""
     text = (HERE / "README.md").read_text()
     (tmp_path / "tiny").symlink_to(TINY), monkeypatch.chdir(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "localhost"),
-                            ("MASTER_PORT", free.getsockname()[1])):
-            monkeypatch.setenv(name, str(value))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
     use, train, shard = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(use, names := {})
     assert capsys.readouterr().out.count("ROMEO:\nBut soft, what light") == 1 and names["step"].finish_reasons[0]
-    assert names["text"].context[0] == names["tokenizer"].end_of_text and not names["text"].pending
     old = names["model"].lm_head.weight.detach().clone()
     exec(train, names)
     loaded, labels, rows = PersimmonForCausalLM.from_pretrained("tuned"), names["labels"], names["ids"]["input_ids"]
     changed = (loaded.lm_head.weight - old).abs()
     assert changed.max() < 1e-4 and changed.count_nonzero() > 0.99 * changed.numel()
-    assert is_saved(names["model"], tmp_path / "tuned")
+    assert is_saved(names["model"].state_dict(), tmp_path / "tuned")
     for row, expected in zip(rows, labels):  # what a text by itself would be scored for
         n = len(names["tokenizer"].encode(names["tokenizer"].decode(row)))
         assert expected.tolist() == [-100] * (len(row) - n + 1) + row[len(row) - n + 1 :].tolist()
     exec(shard, names)
     assert {type(p) for p in names["model"].parameters()} == {torch.distributed.tensor.DTensor}
+    names["model"](rows, labels=labels).loss.backward()
+    assert all(p.grad.full_tensor().isfinite().all() for p in names["model"].parameters())
     torch.distributed.destroy_process_group()
-    assert is_saved(loaded.bfloat16(), tmp_path / "tuned")  # the shares of all processes, in the dtype of tiny/
-    commands = re.findall(r"^(?:\w+ .*\| |torchrun .*?|)(?:python )?sample.py (.*?)(?: > .*)?$", text, re.MULTILINE)
-    for command in commands:
-        sample_script.parse(shlex.split(command, comments=True))
-    others = re.findall(r"^python convert.py (.*)$", text, re.MULTILINE)
-    for command in others:
-        convert.parse_arguments(shlex.split(command, comments=True))
-    assert (len(commands), len(others)) == (7, 2)
+    assert is_saved(loaded.bfloat16().state_dict(), tmp_path / "tuned")  # the shares of all, in tiny/'s dtype
+    for parse, count, line in ((convert.parse_arguments, 2, r"^python convert.py (.*)$"), (
+            sample_script.parse, 7, r"^(?:\w+ .*\| |torchrun .*?|)(?:python )?sample.py (.*?)(?: > .*)?$")):
+        assert len(commands := re.findall(line, text, re.MULTILINE)) == count
+        for command in commands:
+            parse(shlex.split(command, comments=True))
 
 
 def test_run_as_a_script(monkeypatch, capsys):
@@ -3343,7 +3092,7 @@ def test_run_as_a_script(monkeypatch, capsys):
             runpy.run_path(__file__, run_name="__main__")
         printed, errors = capsys.readouterr()
         assert errors == "" and (arguments == options or printed.count("python test_persimmon.py ") == 3)
-    row = r"{} +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d {}/s +\d+%\n"
-    rows = row.format("pp8{0}", "TFLOP") + "pp2000{0} +left out: the context is 1024\n" + "".join(
-        row.format(f"tg4 @ {n}{{0}}", "GB") for n in (0, 5))
-    assert re.search(rows.format("") + rows.format(" x 2") + r"\npeak memory \d", printed), printed
+    assert re.findall(r"(.{20})(?: +\d+\.\d\d){3} (\w+)/s +\d+%\n", printed) == [
+        (f"{test}{texts}".ljust(20), unit) for texts in ("", " x 2")
+        for test, unit in (("pp8", "TFLOP"), ("tg4 @ 0", "GB"), ("tg4 @ 5", "GB"))]
+    assert printed.count("left out: the context is 1024\n") == 2 and re.search(r"\n\npeak memory \d", printed)
