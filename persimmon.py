@@ -175,7 +175,7 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`: lower, to forget positions; higher, once all layers stored new ones."""
+        """Set `length`: lower to forget positions, higher once all layers have stored new ones."""
         self.length = length
 
 
