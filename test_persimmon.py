@@ -1365,7 +1365,7 @@ def test_cpu_linear(monkeypatch, reads, processor, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rows, density", [(1, 0.0), (1, 1.0), (3, 0.3), (3, 0.9), (16, 0.05), (17, 0.05)])
+@pytest.mark.parametrize("rows, density", [(0, 0.0), (1, 0.0), (1, 1.0), (3, 0.3), (3, 0.9), (16, 0.05), (17, 0.05)])
 def test_cpu_linear_with_a_table(reads, rows, density, dtype, tolerance):
     """A row of the table that only zeros multiply is not read: here it holds NaN."""
     layer = torch.nn.Linear(397, 24, bias=rows > 1).to(dtype)  # 397 is a number that no number of bags divides
