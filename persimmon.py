@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. New ones: see CONFIG_RANGES and load_config."""
+    """Keys of config.json; defaults are the 8B's. To add one, see CONFIG_RANGES, load_config."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -148,7 +148,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(), since
-    in-place writes break backward. In 16 bit, one pass over T tokens rounds unlike T single ones.
+    in-place writes break backward. In 16 bit, T tokens at once and one by one round differently.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -356,7 +356,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample = None, sample  # engine: see engine_for; sample: yours to replace
+        self.engine, self.sample = None, sample  # see engine_for; you may replace `sample`
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
