@@ -49,7 +49,7 @@ OPTIONS = {  # heading: {names: (type or action; default; placeholder; help)}
         "-q --quiet": ("store_true", False, "", "no figures and no progress")},
     "how to choose tokens": {
         "--temperature --temp": (float, 0.8, "T", "0 is greedy [0.8]"),
-        "--top-k": (int, 0, "K", "among the K likeliest; 0: all [0]"),
+        "--top-k": (int, 40, "K", "among the K likeliest; 0: all, which is slower [40]"),
         "--top-p": (float, 0.95, "P", "among the likeliest that have P together [0.95]"),
         "--min-p": (float, 0.0, "P", "those at least P times as likely as the first [0]"),
         "--repetition-penalty --repeat-penalty": (float, 1.0, "X", "1 is off [1]"),
