@@ -312,9 +312,10 @@ class PersimmonModel(PersimmonPreTrainedModel):
         """Hidden states of T new tokens, input_ids (B, T) or inputs_embeds (B, T, C).
 
         attention_mask (B, S), 1 for tokens and 0 for padding on either side, covers cached and new
-        positions: if there is padding in `cache`, pass the mask in every call. Outputs at padding
-        mean nothing. position_ids, (B, T) or (1, T), are for RoPE alone. By default they count the
-        tokens before each one: 0 0 0 1 2 for a mask 0 0 1 1 1. transformers' forward has 0 1 2 3 4.
+        positions: if there is padding in `cache`, pass the mask in every call. Without padding,
+        leave it out: that is faster. Outputs at padding mean nothing. position_ids, (B, T) or
+        (1, T), are for RoPE alone. By default they count the tokens before each one: 0 0 0 1 2 for
+        a mask 0 0 1 1 1. (transformers' forward has 0 1 2 3 4.)
         Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
@@ -2101,9 +2102,10 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
 
 
 def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """A value that changes when a module, a hook, a parameter or a buffer does."""
+    """A value that changes when a module, a hook, a parameter, a buffer or a config does."""
     return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
              *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
+             *(vars(m.config).values() if "config" in vars(m) else ()),
              *[p is None or p.is_inference() or p._version for p in m._parameters.values()],
              *[(type(p), p is None or p.data_ptr())
                for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
@@ -2173,9 +2175,10 @@ class CudaEngine(TableEngine):
                 self.compared[key] = N if is_proven else math.inf
             if self.compared[key] < math.inf:
                 return found
-            if way == "block":  # until a module changes, tables are of no use
+            if way == "block":  # until a module changes, tables and codes are of no use
                 self.forwards[way], self.downs = {}, []
-                self.tables.clear()
+                for copies in (self.tables, *(vars(m).get("packed", {}) for m in self.modules)):
+                    copies.clear()
         return {}
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:

@@ -1925,10 +1925,11 @@ def test_cuda_engine_skips_zeros(monkeypatch):
     model.model.layers = model.model.layers[:1]
     model.generate(ids, max_new_tokens=3)
     assert [*engine.tables] == [down]
+    down.packed = {"codes": engine.tables[down]}  # as a matrix in int4 has them
     monkeypatch.setattr(MLP, "forward", lambda mlp, x: mlp.dense_4h_to_h(mlp.dense_h_to_4h(x).sigmoid()))
     with pytest.warns(match="CUDA kernels are not used"):
         model.generate(ids, max_new_tokens=3)
-    assert engine.tables == {} and engine.downs == []
+    assert engine.tables == {} and engine.downs == [] and down.packed == {}
     engine.tables[down] = None
     monkeypatch.setattr(StaticCache, "__init__", Mock(side_effect=[torch.OutOfMemoryError, None]))
     assert type(engine.make_cache(1, 9)) is StaticCache and engine.tables == {}  # which make room for it
@@ -1947,7 +1948,7 @@ CHANGES = {change: effects for effects, changes in {
     (1, 1, 0): ["mlp.dense_4h_to_h = nn.Sequential(down, nn.Tanh()).eval()"],
     (2, 0, 0): ["down.weight.data.neg_()", "model.lm_head.register_forward_hook(negate)"],
     (2, 1, 0): ["mlp.dense_4h_to_h = nn.Linear(*down.weight.shape[::-1]).to(down.weight).eval()",
-                "block.post_attention_layernorm.eps = 0.5", "down.weight = nn.Parameter(-down.weight.data)",
+                "block.post_attention_layernorm.eps = 0.5", "model.config.rope_theta = 2.0", "down.weight = nn.Parameter(-down.weight.data)",
                 "down.weight.data = -down.weight.data.t().clone().t()", "down.weight.detach().mul_(0.5)",
                 "vector_to_parameters(0.9 * parameters_to_vector(down.parameters()), down.parameters())"],
     (0, 0, 3): ["scale(persimmon.Attention)", "persimmon.fused_attend, block.eps = None, 1"],
@@ -2180,10 +2181,10 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2394), ("sample.py", 393), ("convert.py", 477)):
+    for name, limit in (("persimmon.py", 2397), ("sample.py", 393), ("convert.py", 477)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
-    assert len(split_source()[""]) + len(split_source()["I"]) <= 588
+    assert len(split_source()[""]) + len(split_source()["I"]) <= 590
 
 
 def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
