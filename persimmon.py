@@ -1,14 +1,14 @@
 """Persimmon-8B, Adept's decoder-only language model of 2023, in one file.
 
-To use it in another project, copy the file. Importing it needs torch; loading weights also needs
-safetensors, saving them numpy, and Tokenizer sentencepiece. Weights are named as in transformers,
-and logits match up to rounding.
+To use it in another project, copy the file. Importing it needs only torch. Loading weights needs
+safetensors too, saving needs numpy, and Tokenizer sentencepiece. Weights are named as in
+transformers, and logits match up to rounding.
 
     model, tokenizer = PersimmonForCausalLM.from_pretrained(folder), Tokenizer(folder)
     output = model.generate(**tokenizer("The theory of relativity states"), max_new_tokens=20)
     print(tokenizer.decode(output[0]))
 
-    Part I    the model, down to sampling and generate. Read from the top; you can stop at its end.
+    Part I    the model, sampling, generate. Read it from the top; you can stop where it ends.
     Part II   around the model: config.json, weights, tokenizer, chat prompt, classifiers.
     Part III  the same model, faster: a. CPUs, b. int8 and int4, c. CUDA, d. several devices. You
               can delete any of a to d, from its banner to the next: the rest still runs.
@@ -18,7 +18,7 @@ Shapes. Each letter means the same axis everywhere:
     B  batch                           H  attention heads                C  hidden size, C = H*D
     T  new positions (or a prompt)     D  head size                      F  feed-forward size, 4*C
     S  cached + new positions          R  part of D that RoPE rotates    L  layers
-    N  positions a cache has room for  O  outputs of a single matrix     V  vocabulary
+    N  positions a cache has room for  O  outputs of one Linear          V  vocabulary
 
 What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-labs/adept-inference):
 
@@ -29,7 +29,7 @@ What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-lab
  3. RoPE rotates only the first R = D/2 dimensions of a head. It pairs dimension i with i + R/2
     (not 2i with 2i + 1), and its theta is 25000.
  4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
- 5. Every Linear and every norm has a bias, except lm_head; and lm_head is not the embedding.
+ 5. Every Linear and every norm has a bias, except lm_head, which is not tied to the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
  7. Ids 3 to 70002 are reserved for images and unused. Their logits stay near -17.
 """
@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. To add one, see CONFIG_RANGES, load_config."""
+    """Keys of config.json; defaults are the 8B's. A new one that may be 0: see CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -104,9 +104,9 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of each head of x, (B, T, H, D); the others stay. With a the
-    first half of the R dimensions and b the second, (a, b) -> (a cos - b sin, b cos + a sin).
-    GPT-NeoX pairs dimensions like this too, and so does `rotate_half` in transformers."""
+    """Rotate the first R dimensions of each head of x, (B, T, H, D); the others stay. If a and b
+    are the two halves of these R dimensions, (a, b) -> (a cos - b sin, b cos + a sin). GPT-NeoX
+    pairs dimensions like this too, and so does `rotate_half` in transformers."""
     R = 2 * cos.shape[-1]
     a, b = x[..., : R // 2], x[..., R // 2 : R]  # (B, T, H, R/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., R:]), dim=-1)
@@ -117,14 +117,15 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
     The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
     included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, return a bool mask in all cases, made from input_pos:
-    on CUDA, S can be N. There are three cases; without padding, only the last one needs a mask:
+    another pattern, like a sliding window, always return a bool mask. Make it from input_pos, not
+    S, which can be N on CUDA; and where padding lies between tokens, distances include it.
+    There are three cases; without padding, only the last one needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
                    is wrong here: its triangle starts at the top left, not at the bottom right.
-    In all three, zeros in attention_mask (B, S) hide the columns of padding. But a padded position
-    sees itself, as a row without any True would be 0/0 in the softmax, where SDPA may return NaN.
+    In all three, zeros in attention_mask (B, S) hide the columns of padding. But padding sees
+    itself: a row without any True would be 0/0 in the softmax, and SDPA may return NaN.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -139,7 +140,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
     mask, T > 1 means T = S and causal attention; a single position sees all S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile needs a bool
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # in torch.compile, > is no bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -147,8 +148,8 @@ class KVCache:
     """Keys (after RoPE) and values of all positions so far, so that a pass computes only new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
-    the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(), since
-    in-place writes break backward. In 16 bit, T tokens at once and one by one round differently.
+    the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
+    keeps each pass's graph, and backward fails. In 16 bit, one pass rounds unlike T single steps.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -175,7 +176,8 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`: lower to forget positions, higher once all layers have stored new ones."""
+        """Set `length`: lower to forget positions, higher once all layers have stored new ones.
+        Don't set it yourself: a cache on CUDA has a copy."""
         self.length = length
 
 
@@ -264,7 +266,8 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initial weights: norms 1, biases 0, all others normal with std initializer_range."""
+        """Initialize all parameters. With one axis: 1 if named *weight (a norm's), else 0 (a bias).
+        With more axes: normal, with std initializer_range."""
         part = self if part is None else part
         for name, p in part.named_parameters():
             if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
@@ -276,7 +279,8 @@ class PersimmonPreTrainedModel(nn.Module):
                 nn.init.zeros_(m.weight[m.padding_idx])
 
     def gradient_checkpointing_enable(self) -> None:
-        """Save memory: recompute blocks in backward (arXiv 1604.06174). Undo: del block.forward."""
+        """Save memory: recompute blocks in backward (arXiv 1604.06174). `del block.forward`, for
+        each of them, undoes it."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -298,7 +302,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # nn.Embedding() is slow on meta, where `load` builds models. Row padding_idx: no gradient.
+        # nn.Embedding() is slow on meta (see `load`). The row padding_idx gets no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -315,7 +319,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         positions: if there is padding in `cache`, pass the mask in every call. Without padding,
         leave it out: that is faster. Outputs at padding mean nothing. position_ids, (B, T) or
         (1, T), are for RoPE alone. By default they count the tokens before each one: 0 0 0 1 2 for
-        a mask 0 0 1 1 1. (transformers' forward has 0 1 2 3 4.)
+        a mask 0 0 1 1 1. (transformers' 0 1 2 3 4 is as good, since RoPE is relative.)
         Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
@@ -357,7 +361,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
-        self.engine, self.sample = None, sample  # see engine_for; you may replace `sample`
+        self.engine = None  # see engine_for
+        self.sample = sample  # you may replace it by one that does not write to its logits
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -456,13 +461,15 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    prefill = decode = next_logits  # the prompt; then one token per row. Subclasses override these
+    # The prompt, and then one token per row. To change them, override these, not next_logits.
+    prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's ids (B) and log-probabilities (B) as lists; some engines run a step ahead."""
+        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, the next step has begun,
+        and is sampled, before this one is yielded."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -516,8 +523,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
     seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
-    already holds the start of an unpadded prompt, still pass all of it: only the rest is computed,
-    and the start is not compared. A row ends for one of these reasons:
+    holds the start of unpadded prompts, pass them whole: only the rest is computed. Nothing is
+    compared, so first crop it to what they share. A row ends for one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -550,7 +557,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(s) for s in range(seed, seed + B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding: the last id again
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # for padding, the last id
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
@@ -575,7 +582,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
-                tokens[b], logprobs[b] = pad, 0.0  # only reported; the model reads its own sample
+                tokens[b], logprobs[b] = pad, 0.0  # in the output; the model reads what it sampled
             elif token in stop_ids:
                 reasons[b] = "stop"
             elif step == max_new_tokens:
@@ -718,12 +725,12 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float3
 QUANTIZERS: dict[str, Callable[..., Any]] = {}  # by kind, Part III's quantize_model
 
 
-def unreadable(file: Path, kind: str, reason: object = "") -> ValueError:
+def unreadable(file: Path, kind: str, reason: object) -> ValueError:
     """The ValueError for a file that a library can't read as a file of this kind."""
     with file.open("rb") as opened:
         if opened.read(99).startswith(b"version https://git-lfs"):
             return ValueError(f"{file} is a pointer of Git LFS: fetch the file with `git lfs pull`")
-    return ValueError(f"{file} is cut off, damaged or no {kind}: {reason}".removesuffix(": "))
+    return ValueError(f"{file} is cut off, damaged or no {kind}: {reason}")
 
 
 def open_safetensors(file: Path) -> Any:
@@ -936,8 +943,8 @@ class Tokenizer:
             raise FileNotFoundError(f"no file {file}: the tokenizer is a SentencePiece model")
         try:
             self.processor = SentencePieceProcessor(model_file=str(file))
-        except RuntimeError:
-            raise unreadable(file, "SentencePiece model") from None
+        except RuntimeError as error:
+            raise unreadable(file, "SentencePiece model", error) from None
         end = self.processor.piece_to_id("|ENDOFTEXT|")
         self.end_of_text = self.processor.eos_id() if self.processor.is_unknown(end) else end
         if self.end_of_text < 0:
@@ -1292,15 +1299,18 @@ class TransposedKVCache(KVCache):
         L, B, H, N, D = self.keys.shape
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+               *others: Any) -> Tensor:
         """As in KVCache; but one new position (T = 1) takes two embedding_bags. The scores of P
         positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
-        q's dtype. The output is the sum over s of p[s] times the row v[s]."""
+        q's dtype. The output is the sum over s of p[s] times the row v[s]. `others` are arguments
+        that you may have added in Part I."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
         P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
-        if not has_one_mask or N % P or not q.shape == k.shape == v.shape == (B, H, T, D):
-            return super().attend(layer, q, k, v, mask)
+        if not (has_one_mask and not others and N % P == 0
+                and q.shape == k.shape == v.shape == (B, H, T, D)):
+            return super().attend(layer, q, k, v, mask, *others)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
         if T > 1:  # SDPA is slow with transposed keys; those of a prompt are at hand
@@ -1325,7 +1335,8 @@ class TransposedKVCache(KVCache):
 class CpuEngine(TableEngine):
     """Matrix products and attention by the operators that read memory fastest on this CPU."""
 
-    compared: float = 0  # the longest cache in which attention was compared; infinity: it differed
+    # What was compared, and in which cache, the longest so far; infinity: it differed.
+    compared: tuple[Any, float] = None, 0
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A TransposedKVCache in 16 bit, unless the cache is short or SDPA is faster."""
@@ -1333,9 +1344,10 @@ class CpuEngine(TableEngine):
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
         if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
             return super().make_cache(B, N)
-        if N > self.compared:
-            self.compared = N if self.is_proven(N, dtype) else math.inf
-        kind = KVCache if self.compared == math.inf else TransposedKVCache
+        functions = attention, KVCache.attend, dtype  # you may have replaced one
+        if functions != self.compared[0] or N > self.compared[1]:
+            self.compared = functions, N if self.is_proven(N, dtype) else math.inf
+        kind = KVCache if self.compared[1] == math.inf else TransposedKVCache
         return kind(config, B, N, dtype, "cpu")
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
@@ -1347,7 +1359,6 @@ class CpuEngine(TableEngine):
         random = torch.Generator().manual_seed(0)
         content = torch.randn(2, 1, 1, 3, N, D, generator=random).to(dtype)
         qkv = torch.randn(3, 1, 3, 3, D, generator=random).to(dtype)  # of three new positions
-        two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
         padded = (torch.arange(N) >= N // 3)[None, None, None]
 
         def attend(kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
@@ -1363,11 +1374,15 @@ class CpuEngine(TableEngine):
             return torch.cat(results, dim=2)
 
         with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # Part I was edited
-            exact, large = attend(KVCache, torch.float32, 1), attend(KVCache, torch.float32, 16)
-            # Large scores show a clamp, for example. In 16 bit they differ by rounding.
+            two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
             fast, plain = (attend(kind, dtype, 1) for kind in (TransposedKVCache, KVCache))
-            fast_large = attend(TransposedKVCache, torch.float32, 16)
-            if is_as_exact(fast, plain, exact) and is_as_exact(fast_large, large, large):
+            # 16 bit hides small differences, like one more term in the softmax, and small scores
+            # hide a clamp.
+            wide, exact, wide_large, exact_large = (
+                attend(kind, torch.float32, scale) for scale in (1, 16)
+                for kind in (TransposedKVCache, KVCache))
+            if (is_as_exact(fast, plain, exact) and is_as_exact(wide, exact, exact)
+                    and is_as_exact(wide_large, exact_large, exact_large)):
                 return True
         warnings.warn("TransposedKVCache does not attend like this file's KVCache: it is not used, "
                       "and long caches are read more slowly")
@@ -2003,6 +2018,7 @@ def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask
     if not (qkv.shape == (rows, T, 3 * H * D) and (attn.num_heads, attn.head_dim) == (H, D)
             and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
             and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
+            and (mask is None or T > 1 or mask.dtype == torch.bool)
             and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) >= B * H
             and keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("shapes or dtypes are not those of the kernel")
@@ -2101,14 +2117,17 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
     return fused_sparse_linear(down, rows, h, x, cache.arrived)
 
 
-def snapshot(modules: list[nn.Module]) -> list[tuple[Any, ...]]:
-    """A value that changes when a module, a hook, a parameter, a buffer or a config does."""
-    return [(type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
-             *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
-             *(vars(m.config).values() if "config" in vars(m) else ()),
-             *[p is None or p.is_inference() or p._version for p in m._parameters.values()],
-             *[(type(p), p is None or p.data_ptr())
-               for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
+def snapshot(modules: list[nn.Module]) -> list[Any]:
+    """A value that changes when a module, a hook, a parameter, a buffer, a config or a function
+    of Part I does."""
+    functions = [rope_tables, apply_rope, causal_mask, attention]
+    return functions + [(
+        type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
+        *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
+        *(vars(m.config).values() if "config" in vars(m) else ()),
+        *[p is None or p.is_inference() or p._version for p in m._parameters.values()],
+        *[(type(p), p is None or p.data_ptr())
+          for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
 
 
 class CudaEngine(TableEngine):
@@ -2182,8 +2201,9 @@ class CudaEngine(TableEngine):
         return {}
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
-        """Whether each block adds to x what it adds plainly, for T positions at a cache's end.
-        A step, T = 1, has the mask of a captured pass, of which S is N."""
+        """Whether each block adds to x what it adds plainly, for T positions at a cache's end and
+        at its start, as few positions show what many hide, like one more term in the softmax. A
+        step, T = 1, has the mask of a captured pass, of which S is N."""
         config, (L, B, _, N, _) = self.model.config, cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
@@ -2193,23 +2213,29 @@ class CudaEngine(TableEngine):
             content = getattr(caches[0], name).normal_(generator=random).clone()
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
-                one.crop(max(0, N - T - 1))  # where S is not N in any other pass
         x = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
         padding[-1:, : N // 3] = 0
-        input_pos, S = caches[1].positions(B, T)
-        caches[0].is_capturing = T == 1
-        fast_mask, mask = (causal_mask(input_pos, s, padding[:, :s] if has_mask else None)
-                           for s in (N if T == 1 else S, S))
-        rope, exact_rope = (rope_tables(input_pos[None], config, t) for t in (dtype, torch.float32))
+        last = max(0, N - T - 1)  # where S is not N in any other pass
         try:
-            for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
-                with replaced_forward({m: forwards[m] for m in block.modules() if m in forwards}):
-                    fast = block(x, rope, fast_mask, caches[0]) - x
-                plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
-                exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
-                if not is_as_exact(fast, plain, exact):
-                    raise ValueError(f"block {n} computes something else")
+            for length in (last, min(last, 3)):
+                caches[0].is_capturing = False
+                for one in caches:
+                    one.crop(length)
+                input_pos, S = caches[1].positions(B, T)
+                caches[0].is_capturing = T == 1
+                fast_mask, mask = (causal_mask(input_pos, s, padding[:, :s] if has_mask else None)
+                                   for s in (N if T == 1 else S, S))
+                rope, exact_rope = (rope_tables(input_pos[None], config, t)
+                                    for t in (dtype, torch.float32))
+                for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
+                    own = {m: forwards[m] for m in block.modules() if m in forwards}
+                    with replaced_forward(own):
+                        fast = block(x, rope, fast_mask, caches[0]) - x
+                    plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
+                    exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
+                    if not is_as_exact(fast, plain, exact):
+                        raise ValueError(f"block {n} computes something else")
         except Exception as error:  # also: other shapes in an edited block, no C compiler
             warnings.warn(f"persimmon.py's CUDA kernels are not used: {error}")
             return False
@@ -2315,9 +2341,9 @@ def gathered(module: nn.Module, args: Any, own: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def sample_together(*args: Any) -> Tensor:
+def sample_together(draw: Callable[..., Tensor], *args: Any) -> Tensor:
     """What process 0 samples: the others may have another seed, or round in another way."""
-    ids = sample(*args)
+    ids = draw(*args)
     dist.broadcast(ids, 0)
     return ids
 
@@ -2381,7 +2407,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
-    model.lm_head, model.sample = nn.Sequential(model.lm_head), sample_together
+    model.lm_head, model.sample = (nn.Sequential(model.lm_head),
+                                   partial(sample_together, model.sample))
     model.lm_head.register_forward_hook(gathered)  # engines leave a Linear with hooks as it is
     model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
                            hidden_size=config.hidden_size // n)  # for the cache
