@@ -367,8 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error)
     except (RuntimeError, MemoryError) as error:
         time.sleep(5 * (PROCESSES > 1))  # if it came from another's end, torchrun ends this one
-        text = f"{error} {error.__context__}"  # while a CUDA graph is captured, that has the reason
-        if type(error) is RuntimeError and not re.search("out of memory|allocate memory", text):
+        text = f"{error!r} {error.__context__}"  # while a graph is captured, that has the reason
+        if not re.search("MemoryError|out of memory|allocate memory", text):
             raise
         text = "out of memory: try --quantize, or less --ctx-size, --max-tokens or --num-samples"
     time.sleep(5 * (RANK > 0))  # process 0 says it, and torchrun ends this one
