@@ -321,7 +321,7 @@ def empty_model(path: Path, source: Source, args: argparse.Namespace) -> nn.Modu
         raise ValueError(f"{path} has {len(weights)} tensors for {config.num_hidden_layers} layers")
     for name, weight in weights.items():
         weights[name] = weight._replace(dtype=persimmon.as_dtype(args.dtype or weight.dtype))
-    with reading(path), torch.device("meta"):
+    with torch.device("meta"):
         model = architecture(config)
         found = {name: torch.empty(w.shape, dtype=w.dtype) for name, w in weights.items()}
     own = model.state_dict()

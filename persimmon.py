@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. A new one that may be 0: see CONFIG_RANGES."""
+    """Keys of config.json; defaults are the 8B's. If a new one may be 0: see CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -140,7 +140,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
     mask, T > 1 means T = S and causal attention; a single position sees all S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # in torch.compile, > is no bool
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # > is no bool in torch.compile
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -266,8 +266,8 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initialize all parameters. With one axis: 1 if named *weight (a norm's), else 0 (a bias).
-        With more axes: normal, with std initializer_range."""
+        """Initialize parameters. With one axis: 1 if named *weight (a norm's), else 0 (a bias);
+        with more: normal, with std initializer_range."""
         part = self if part is None else part
         for name, p in part.named_parameters():
             if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
@@ -362,7 +362,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
         self.engine = None  # see engine_for
-        self.sample = sample  # you may replace it by one that does not write to its logits
+        self.sample = sample  # or one of yours, which must not change the logits in place
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -409,7 +409,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     """Draw ids (B) from logits (B, V), row b with generators[b]. Options, in transformers' order:
 
     temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
-    top_k        keeps the k likeliest tokens; 0 keeps all (Fan et al., arXiv 1805.04833)
+    top_k        keeps the k likeliest tokens, of equals any; 0: all (Fan et al., arXiv 1805.04833)
     top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751). On
                  a CPU, give top_k as well: sorting all the 8B's logits takes 20 ms a row
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
@@ -461,15 +461,15 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # The prompt, and then one token per row. To change them, override these, not next_logits.
+    # For the prompt; for one more token per row. To override only next_logits changes neither.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, the next step has begun,
-        and is sampled, before this one is yielded."""
+        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, all but the first
+        are yielded when the next step has begun, and is sampled."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -1298,19 +1298,20 @@ class TransposedKVCache(KVCache):
         super().__init__(config, B, N, *others)
         L, B, H, N, D = self.keys.shape
         self.keys = self.keys.view(L, B, H, D, N).transpose(3, 4)  # (L, B, H, N, D)
+        self.functions = attention, KVCache.attend  # which you may replace
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-               *others: Any) -> Tensor:
+               *others: Any, **options: Any) -> Tensor:
         """As in KVCache; but one new position (T = 1) takes two embedding_bags. The scores of P
         positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
-        q's dtype. The output is the sum over s of p[s] times the row v[s]. `others` are arguments
-        that you may have added in Part I."""
+        q's dtype. The output is the sum over s of p[s] times the row v[s]. others and
+        options are what you may add in Part I."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
         P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
-        if not (has_one_mask and not others and N % P == 0
-                and q.shape == k.shape == v.shape == (B, H, T, D)):
-            return super().attend(layer, q, k, v, mask, *others)
+        if not (has_one_mask and N % P == 0 and q.shape == k.shape == v.shape == (B, H, T, D)
+                and self.functions == (attention, KVCache.attend) and not (others or options)):
+            return super().attend(layer, q, k, v, mask, *others, **options)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
         if T > 1:  # SDPA is slow with transposed keys; those of a prompt are at hand
@@ -1351,39 +1352,42 @@ class CpuEngine(TableEngine):
         return kind(config, B, N, dtype, "cpu")
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
-        """Whether TransposedKVCache attends as KVCache does, with N positions of three heads. (Two
-        would hide an edit by which several heads of q share two heads of keys.)"""
+        """Whether TransposedKVCache attends as KVCache does, to N positions of three heads, and to
+        few, which show what many hide. (Two heads would hide an edit by which several heads of q
+        share two heads of keys.)"""
         L, D = self.model.config.num_hidden_layers, self.model.config.head_dim
         config = replace(self.model.config, hidden_size=3 * D, num_attention_heads=3,
                          num_hidden_layers=1)
         random = torch.Generator().manual_seed(0)
         content = torch.randn(2, 1, 1, 3, N, D, generator=random).to(dtype)
         qkv = torch.randn(3, 1, 3, 3, D, generator=random).to(dtype)  # of three new positions
-        padded = (torch.arange(N) >= N // 3)[None, None, None]
 
-        def attend(kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
+        def attend(S: int, kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
+            two_at_once = causal_mask(torch.arange(S - 3, S - 1), S - 1, None)
+            padded = (torch.arange(S) >= S // 3)[None, None, None]
             cache, results = kind(config, 1, N, dtype, "cpu"), []
             cache.keys[:, :, :, :N], cache.values[:, :, :, :N] = content
             cache.keys = cache.keys.expand(L, -1, -1, -1, -1)  # the same memory for every layer
             cache.values = cache.values.expand(L, -1, -1, -1, -1)
             for layer in range(L):
                 for start, stop, mask in ((0, 2, two_at_once), (2, 3, None), (2, 3, padded)):
-                    cache.crop(N - 3 + start)
+                    cache.crop(S - 3 + start)
                     q, k, v = qkv[:, :, :, start:stop].to(dtype)
                     results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
+        are_equal = []
         with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # Part I was edited
-            two_at_once = causal_mask(torch.arange(N - 3, N - 1), N - 1, None)
-            fast, plain = (attend(kind, dtype, 1) for kind in (TransposedKVCache, KVCache))
-            # 16 bit hides small differences, like one more term in the softmax, and small scores
-            # hide a clamp.
-            wide, exact, wide_large, exact_large = (
-                attend(kind, torch.float32, scale) for scale in (1, 16)
-                for kind in (TransposedKVCache, KVCache))
-            if (is_as_exact(fast, plain, exact) and is_as_exact(wide, exact, exact)
-                    and is_as_exact(wide_large, exact_large, exact_large)):
-                return True
+            for S in (N, min(N, 7)):
+                fast, plain, exact = (attend(S, *way, 1) for way in (
+                    (TransposedKVCache, dtype), (KVCache, dtype), (KVCache, torch.float32)))
+                are_equal.append(is_as_exact(fast, plain, exact))
+                for scale in (1, 16):  # large scores show a clamp, which rounding in 16 bit hides
+                    fast, exact = (attend(S, kind, torch.float32, scale)
+                                   for kind in (TransposedKVCache, KVCache))
+                    are_equal.append(is_as_exact(fast, exact, exact))
+        if len(are_equal) == 6 and all(are_equal):
+            return True
         warnings.warn("TransposedKVCache does not attend like this file's KVCache: it is not used, "
                       "and long caches are read more slowly")
         return False
@@ -2120,11 +2124,11 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
 def snapshot(modules: list[nn.Module]) -> list[Any]:
     """A value that changes when a module, a hook, a parameter, a buffer, a config or a function
     of Part I does."""
-    functions = [rope_tables, apply_rope, causal_mask, attention]
+    functions = [rope_tables, apply_rope, causal_mask, attention, KVCache.attend]
     return functions + [(
         type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
         *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
-        *(vars(m.config).values() if "config" in vars(m) else ()),
+        repr(vars(m).get("config")),
         *[p is None or p.is_inference() or p._version for p in m._parameters.values()],
         *[(type(p), p is None or p.data_ptr())
           for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
@@ -2196,8 +2200,10 @@ class CudaEngine(TableEngine):
                 return found
             if way == "block":  # until a module changes, tables and codes are of no use
                 self.forwards[way], self.downs = {}, []
-                for copies in (self.tables, *(vars(m).get("packed", {}) for m in self.modules)):
-                    copies.clear()
+                self.tables.clear()
+                for m in self.modules:
+                    if "packed" in vars(m):
+                        m.packed = {}
         return {}
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
@@ -2218,7 +2224,7 @@ class CudaEngine(TableEngine):
         padding[-1:, : N // 3] = 0
         last = max(0, N - T - 1)  # where S is not N in any other pass
         try:
-            for length in (last, min(last, 3)):
+            for length in {last, min(last, 3)}:
                 caches[0].is_capturing = False
                 for one in caches:
                     one.crop(length)
@@ -2270,7 +2276,7 @@ class CudaEngine(TableEngine):
         """What a captured graph depends on."""
         packed = chain.from_iterable(vars(m).get("packed", {}).values() for m in self.modules)
         own = cache.keys, cache.values, *(t.rows for t in (*self.tables.values(), *packed))
-        return [self.state, cache.keys.shape, *(tensor.data_ptr() for tensor in own)]
+        return [self, self.state, cache.keys.shape, *(tensor.data_ptr() for tensor in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:

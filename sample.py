@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error)
     except (RuntimeError, MemoryError) as error:
         time.sleep(5 * (PROCESSES > 1))  # if it came from another's end, torchrun ends this one
-        text = f"{error!r} {error.__context__}"  # while a graph is captured, that has the reason
+        text = f"{error!r} {error.__context__!r}"  # while a graph is captured, that has the reason
         if not re.search("MemoryError|out of memory|allocate memory", text):
             raise
         text = "out of memory: try --quantize, or less --ctx-size, --max-tokens or --num-samples"

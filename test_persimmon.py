@@ -725,6 +725,7 @@ def test_sample_ties_and_limits():
         (1.0, {"top_p": 0.5}, 2), (1.0, {"min_p": 1.0}, {1, 2, 4}), (9.0, {"top_k": 99}, {0, 1, 2, 3, 4})):
         found = {*sample(logits, generators, temperature, **options).tolist()}
         assert found == expected or found < {1, 2, 4} and len(found) == expected, (temperature, options)
+    assert len({*sample(torch.zeros(20, 2), generators, 1.0, top_p=0.5).tolist()}) == 1  # 0.5 is enough
 
 
 def test_engines(small, monkeypatch):
@@ -1435,6 +1436,15 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
             assert type(cache) is (TransposedKVCache if fits and proven else KVCache)
             assert engine.compared[1] == fits * proven and cache.keys.dtype == dtype and cache.keys.shape[3] >= N
     assert torch.equal(torch.get_rng_state(), state)  # the proof has random numbers of its own
+    CpuEngine(model.half()).make_cache(1, 2500)
+    engine, embedding_bag = CpuEngine(model), torch.nn.functional.embedding_bag
+    assert type(engine.make_cache(1, 2500)) is TransposedKVCache
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", lambda index, table, *others, **options: embedding_bag(
+        index, table, *others, **options) * (1.1 if table.dtype == torch.bfloat16 else 1))
+    if processor != "AMX":  # another dtype is compared anew, in this dtype
+        model.bfloat16()
+        with pytest.warns(match="not used"):
+            assert type(engine.make_cache(1, 2500)) is KVCache
 
 
 def test_cpu_engine_proves_its_attention(small, monkeypatch):
@@ -1741,9 +1751,10 @@ def test_fused_attend_refuses_what_the_kernel_can_not_index(monkeypatch):
             fused_attend(SimpleNamespace(**given), given["qkv"], given["rope"], None, cache)
     given |= {"head_dim": 16, "q_layernorm": norm(16), "k_layernorm": norm(16), "rope": zeros(2, 1, 1, 1, 4)}
     cache = StaticCache(replace(CONFIG, hidden_size=48), 2, 9, torch.float32, DEVICE)
-    for mask, error in ((zeros(1, 1, 1, 1).bool(), ZeroDivisionError), (zeros(1, 1, 1, 1), ValueError)):  # 0: seen
+    for T, mask, error in ((1, zeros(1, 1, 1, 1).bool(), ZeroDivisionError), (1, zeros(1, 1, 1, 1), ValueError),
+                           (2, zeros(1, 1, 2, 2), ZeroDivisionError)):  # 0.0 is seen, which only SDPA knows
         with pytest.raises(error):
-            fused_attend(SimpleNamespace(**given), zeros(2, 1, 144), given["rope"], mask, cache)
+            fused_attend(SimpleNamespace(**given), zeros(2, T, 144), zeros(2, 1, T, 1, 4), mask, cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -1953,7 +1964,8 @@ CHANGES = {change: effects for effects, changes in {
     (1, 1, 0): ["mlp.dense_4h_to_h = nn.Sequential(down, nn.Tanh()).eval()"],
     (2, 0, 0): ["down.weight.data.neg_()", "model.lm_head.register_forward_hook(negate)"],
     (2, 1, 0): ["mlp.dense_4h_to_h = nn.Linear(*down.weight.shape[::-1]).to(down.weight).eval()",
-                "block.post_attention_layernorm.eps = 0.5", "model.config.rope_theta = 2.0", "down.weight = nn.Parameter(-down.weight.data)",
+                "block.post_attention_layernorm.eps = 0.5", "model.config.rope_theta = 2.0",
+                "down.weight = nn.Parameter(-down.weight.data)",
                 "down.weight.data = -down.weight.data.t().clone().t()", "down.weight.detach().mul_(0.5)",
                 "vector_to_parameters(0.9 * parameters_to_vector(down.parameters()), down.parameters())"],
     (0, 0, 3): ["scale(persimmon.Attention)", "persimmon.fused_attend, block.eps = None, 1"],
@@ -2188,7 +2200,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2424), ("sample.py", 393), ("convert.py", 464)):
+    for name, limit in (("persimmon.py", 2430), ("sample.py", 393), ("convert.py", 464)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 596
@@ -2265,17 +2277,19 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
     "soft cap": ("", (".logits[:, -1].float()", ".logits[:, -1].float().tanh()")),  # not in a module
     "padding that one position sees": ("cpu", (
         SDPA, "mask = torch.ones_like(mask) if mask is not None and q.shape[2] == 1 else mask\n    " + SDPA)),
-    "one more term in the softmax": ("block attention cpu", (SDPA, """(T, S), is_causal = (q.shape[2], k.shape[2]), False
+    "one more term in the softmax": ("block attention cpu", (SDPA, """T, S, is_causal = q.shape[2], k.shape[2], False
     mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
-    k, v, mask = (nn.functional.pad(x, pad, value=x is mask) for x, pad in ((k, (0, 0, 0, 1)), (v, (0, 0, 0, 1)), (mask, (0, 1))))
+    (k, v), mask = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)), nn.functional.pad(mask, (0, 1), value=True)
     """ + SDPA)),
     "attend with a scale": (
         "block attention prefill", ("""mask: Tensor | None) -> Tensor:
         \"\"\"Store a""", """mask: Tensor | None, scale: float = 1.0) -> Tensor:
-        \"\"\"Store a"""), ("return attention(q, k, v, mask)\n\n    def crop", "return attention(q * scale, k, v, mask)\n\n    def crop"),
-        ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, 3.0)")),
+        \"\"\"Store a"""),
+        ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
+        ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, scale=3.0)")),
     "causal_mask of a window": (
-        "block attention prefill cpu", UNMASKED, ("S: int, attention_mask: Tensor | None)", "S: int, attention_mask: Tensor | None, width: int)"),
+        "block attention prefill cpu", UNMASKED,
+        ("S: int, attention_mask: Tensor | None)", "S: int, attention_mask: Tensor | None, width: int)"),
         ("causal_mask(input_pos, S, attention_mask)", "causal_mask(input_pos, S, attention_mask, 100)"),
         ("(column <= row)[None, None]", "((column <= row) & (row - column < width))[None, None]"))}
 
@@ -2323,13 +2337,30 @@ def test_another_function_is_noticed(tmp_path, monkeypatch, kind):
         model, dtype = small_model(set_processor(module, "Zen 4"), 16), torch.bfloat16
     else:
         model, dtype = small_model(use_cuda(module, monkeypatch), 2, 1).to(DEVICE), torch.float32
-    run = partial(logits_of, model.to(dtype), random_ids(model.config, 1, 7).to(DEVICE), room=60 + 300 * (kind == "on_cpu"))
-    before, old = run(), module.attention
+    ids, room = random_ids(model.config, 1, 7).to(DEVICE), 360 if kind == "on_cpu" else 60
+    run = partial(logits_of, model.to(dtype), ids, room=room)
+    before, old, engine = run(), module.attention, module.engine_for(model)
+    cache = engine.make_cache(1, room)
+    state, limit = module.snapshot([]), 0.03 if kind == "on_cpu" else 1e-4
     for attention, is_new in ((lambda q, *others: old(3 * q, *others), True), (old, False)):
         module.attention = attention
-        with pytest.warns(match="not used") if is_new else contextlib.nullcontext():
-            assert distance(run(), run(is_plain=True)) < (0.03 if kind == "on_cpu" else 1e-4)
+        with pytest.warns(match="not used") if is_new else contextlib.nullcontext(), torch.no_grad():
+            cache.crop(0), engine.prefill(ids[:, :5], None, cache)  # a cache that was there already
+            late = engine.decode(ids[:, 5:6], None, cache)
+            assert distance(late, logits_of(model, ids[:, :6], None, room, 2, is_plain=True)[1]) < limit
+            assert distance(run(), run(is_plain=True)) < limit
         assert (distance(run(), before) > 0.1) == is_new
+    for place, name in ((module, "attention"), (module, "apply_rope"), (module, "rope_tables"), (module, "causal_mask"),
+                        (module.KVCache, "attend")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, partial(getattr(place, name)))
+            assert module.snapshot([]) != state
+    assert module.snapshot([]) == state
+    if kind == "on_cpu":
+        old = module.KVCache.attend
+        monkeypatch.setattr(module.KVCache, "attend", lambda cache, layer, q, *o: old(cache, layer, 3 * q, *o))
+        with pytest.warns(match="not used"):
+            assert distance(run(), run(is_plain=True)) < limit
 
 
 @pytest.mark.parametrize("name", every(EDITS, [*EDITS][1:]))
@@ -2918,6 +2949,7 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         (index, b"{}" + 2**24 * b" ", f"{index} has a header or record that is too"),
         ("hub/pytorch_model.bin", LFS, "/pytorch_model.bin is a pointer of Git LFS"),
         ("hub/config.json", b'{"architectures": 5}', "hub is damaged"),
+        ("hub/config.json", b'{"hidden_size": 268435456, "num_hidden_layers": 3}', "makes it .262144, 268435456"),
         *(("hub/config.json", b'{"architectures": %s}' % names, "hub has an architecture")
           for names in (b"[5]", b'"Persimmon"', b'["PersimmonConfig"]'))):
         make.hub()
@@ -3054,8 +3086,10 @@ def test_convert_into_a_folder(tmp_path, make, weights, monkeypatch):
 
 def test_convert_that_is_stopped(tmp_path, refused):
     """Ctrl-C and kill -9 leave no OUTPUT; meanwhile, another process can't write it. The next run succeeds."""
-    out, hanging = tmp_path / "out", "import convert, sys, time\nconvert.Progress.count = lambda _, pieces: (" \
-        "print('writing', flush=True) or time.sleep(60) for _ in pieces)\nsys.exit(convert.main(sys.argv[1:]))"
+    out, hanging = tmp_path / "out", "import convert, signal, sys, time\n" \
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # as convert.py does\n" \
+        "convert.Progress.count = lambda _, x: (print('writing', flush=True) or time.sleep(60) for _ in x)\n" \
+        "sys.exit(convert.main(sys.argv[1:]))"
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen([sys.executable, "-c", hanging, TINY, out], cwd=HERE, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
