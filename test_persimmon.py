@@ -1448,12 +1448,13 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 
 def test_cpu_engine_proves_its_attention(small, monkeypatch):
-    """Where Part I attends in another way, here to one position with large scores in odd layers, or to two heads of
-    keys, its cache is used."""
+    """Where Part I attends in another way, here to one position with large scores in odd layers, to few positions, or
+    to two heads of keys, its cache is used."""
     attend, init, model = KVCache.attend, KVCache.__init__, small.half()
     for name, edit in (
             ("attend", lambda cache, layer, q, *others: attend(
                 cache, layer, q.clamp(-9, 9) if layer % 2 and q.shape[2] == 1 else q, *others)),
+            ("attend", lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1)),
             ("__init__", lambda cache, config, *others: init(
                 cache, replace(config, num_attention_heads=2, hidden_size=2 * config.head_dim), *others))):
         engine = CpuEngine(model)
@@ -2338,18 +2339,29 @@ def test_another_function_is_noticed(tmp_path, monkeypatch, kind):
     else:
         model, dtype = small_model(use_cuda(module, monkeypatch), 2, 1).to(DEVICE), torch.float32
     ids, room = random_ids(model.config, 1, 7).to(DEVICE), 360 if kind == "on_cpu" else 60
-    run = partial(logits_of, model.to(dtype), ids, room=room)
+    run = lambda x=ids, **options: logits_of(model, x, room=room, **options)  # noqa: E731
+    model.to(dtype)
     before, old, engine = run(), module.attention, module.engine_for(model)
     cache = engine.make_cache(1, room)
     state, limit = module.snapshot([]), 0.03 if kind == "on_cpu" else 1e-4
+
+    @torch.no_grad()
+    def check(engine):
+        cache.crop(0), engine.prefill(ids[:, :5], None, cache)  # a cache that was there already
+        late, expected = engine.decode(ids[:, 5:6], None, cache), run(ids[:, :6], steps=2, is_plain=True)[1]
+        assert distance(late, expected) < limit and distance(run(), run(is_plain=True)) < limit
+
     for attention, is_new in ((lambda q, *others: old(3 * q, *others), True), (old, False)):
         module.attention = attention
-        with pytest.warns(match="not used") if is_new else contextlib.nullcontext(), torch.no_grad():
-            cache.crop(0), engine.prefill(ids[:, :5], None, cache)  # a cache that was there already
-            late = engine.decode(ids[:, 5:6], None, cache)
-            assert distance(late, logits_of(model, ids[:, :6], None, room, 2, is_plain=True)[1]) < limit
-            assert distance(run(), run(is_plain=True)) < limit
+        with pytest.warns(match="not used") if is_new else contextlib.nullcontext():
+            check(engine)
         assert (distance(run(), before) > 0.1) == is_new
+    tables, factor = module.rope_tables, [1]
+    monkeypatch.setattr(module, "rope_tables", lambda position_ids, *o: tables(factor[0] * position_ids, *o))
+    check(engine)
+    factor[0], model.engine = 3, None  # of a number, a new engine
+    check(module.engine_for(model))
+    monkeypatch.setattr(module, "rope_tables", tables)
     for place, name in ((module, "attention"), (module, "apply_rope"), (module, "rope_tables"), (module, "causal_mask"),
                         (module.KVCache, "attend")):
         with monkeypatch.context() as patch:
