@@ -423,7 +423,7 @@ def run(args: argparse.Namespace) -> None:
     files = {"tokenizer.model": Window(args.tokenizer).read()} if args.tokenizer else {}
     with nullcontext() if args.dry_run else persimmon.staging(args.output) as folder:
         with reading(path):
-            if args.verify and not path.is_file():
+            if args.verify and path.is_dir():
                 raise ValueError(f"{path} is not Adept's .tar, which --verify is for")
             if args.verify:
                 md5 = hashlib.md5(usedforsecurity=False)
