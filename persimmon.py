@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. If a new one may be 0: see CONFIG_RANGES."""
+    """Keys of config.json; defaults are the 8B's. A new key that may be 0 goes in CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -117,9 +117,9 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
     The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
     included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, always return a bool mask. Make it from input_pos, not
-    S, which can be N on CUDA; and where padding lies between tokens, distances include it.
-    There are three cases; without padding, only the last one needs a mask:
+    another pattern, like a sliding window, return a mask in all cases: bool, or float to add,
+    which is slower. Make it from input_pos, not from S: CUDA may pass S = N. (Differences of
+    indices count padding between tokens too.) Of three cases, only the last needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -140,7 +140,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
     mask, T > 1 means T = S and causal attention; a single position sees all S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # > is no bool in torch.compile
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile's > is symbolic
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -149,7 +149,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
-    keeps each pass's graph, and backward fails. In 16 bit, one pass rounds unlike T single steps.
+    keeps every graph, and backward fails. In 16 bit, one pass over T is not bitwise T steps.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -177,14 +177,14 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Set `length`: lower to forget positions, higher once all layers have stored new ones.
-        Don't set it yourself: a cache on CUDA has a copy."""
+        Never assign to it: a cache on CUDA has a copy."""
         self.length = length
 
 
 class Attention(nn.Module):
     """The projections around `attention`. q and k are normalized, then rotated. Without the norm,
     scores can grow in training until the softmax saturates (Dehghani et al., arXiv 2302.05442).
-    Source: the original's megatron/model/transformer.py."""
+    As in the original's megatron/model/transformer.py."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -461,15 +461,16 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # For the prompt; for one more token per row. To override only next_logits changes neither.
+    # For the prompt; for one more token per row. To override only next_logits changes neither:
+    # these two stay bound to this one.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, all but the first
-        are yielded when the next step has begun, and is sampled."""
+        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, each but the first
+        is yielded after the next one is sampled."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -523,8 +524,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
     seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
-    holds the start of unpadded prompts, pass them whole: only the rest is computed. Nothing is
-    compared, so first crop it to what they share. A row ends for one of these reasons:
+    holds the start of unpadded prompts, pass them whole: only the rest is computed. It is not
+    checked: first crop it to the common start. A row ends for one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -1304,13 +1305,14 @@ class TransposedKVCache(KVCache):
                *others: Any, **options: Any) -> Tensor:
         """As in KVCache; but one new position (T = 1) takes two embedding_bags. The scores of P
         positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
-        q's dtype. The output is the sum over s of p[s] times the row v[s]. others and
-        options are what you may add in Part I."""
+        q's dtype. The output is the sum over s of p[s] times the row v[s]. With arguments or
+        attributes of your own, KVCache attends."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
         P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
         if not (has_one_mask and N % P == 0 and q.shape == k.shape == v.shape == (B, H, T, D)
-                and self.functions == (attention, KVCache.attend) and not (others or options)):
+                and self.functions == (attention, KVCache.attend)
+                and len(vars(self)) == 4 and not (others or options)):
             return super().attend(layer, q, k, v, mask, *others, **options)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
@@ -1336,7 +1338,7 @@ class TransposedKVCache(KVCache):
 class CpuEngine(TableEngine):
     """Matrix products and attention by the operators that read memory fastest on this CPU."""
 
-    # What was compared, and in which cache, the longest so far; infinity: it differed.
+    # What was compared, and in the longest cache so far; infinity: it differed.
     compared: tuple[Any, float] = None, 0
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
@@ -1345,9 +1347,9 @@ class CpuEngine(TableEngine):
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
         if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
             return super().make_cache(B, N)
-        functions = attention, KVCache.attend, dtype  # you may have replaced one
-        if functions != self.compared[0] or N > self.compared[1]:
-            self.compared = functions, N if self.is_proven(N, dtype) else math.inf
+        state = attention, KVCache.attend, repr(config), dtype
+        if state != self.compared[0] or N > self.compared[1]:
+            self.compared = state, N if self.is_proven(N, dtype) else math.inf
         kind = KVCache if self.compared[1] == math.inf else TransposedKVCache
         return kind(config, B, N, dtype, "cpu")
 
@@ -2179,7 +2181,7 @@ class CudaEngine(TableEngine):
 
     def proven_forwards(self, T: int, mask: Tensor | None, cache: KVCache) -> dict:
         """The fast forwards for a pass over T positions; {} for a plain pass."""
-        if not isinstance(cache, StaticCache):
+        if not isinstance(cache, StaticCache) or len(vars(cache)) > 9:  # one is yours, and not here
             return {}
         if snapshot(self.modules) != self.state:
             self.modules = list(self.model.modules())
@@ -2379,10 +2381,10 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             raise ValueError(f"{name} = {getattr(config, name)} is not a multiple of {n} processes")
 
     def results() -> list[Tensor]:
-        """What attention and MLP of the first two blocks make of three positions."""
-        x = torch.arange(3.0 * config.hidden_size, device=model.device).sin()
-        x = x.view(1, 3, -1).to(model.dtype)
-        rope = rope_tables(torch.arange(3, device=x.device)[None], config, x.dtype)
+        """What attention and MLP of the first two blocks make of 64 positions."""
+        x = torch.arange(64.0 * config.hidden_size, device=model.device).sin()
+        x = x.view(1, 64, -1).to(model.dtype)
+        rope = rope_tables(torch.arange(64, device=x.device)[None], config, x.dtype)
         return [y for block in model.model.layers[:2]
                 for y in (block.self_attn(x, rope, None, None), block.mlp(x))]
 
