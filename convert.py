@@ -437,7 +437,7 @@ def run(args: argparse.Namespace) -> None:
         total = sum(tensor.nbytes for tensor in model.state_dict().values())
         free, needed = shutil.disk_usage(parent).free, total * 1.01 + 4 * SMALL
         if free < needed:
-            raise ValueError(f"{parent} has {free / 1e9:.1f} GB free, of {needed / 1e9:.1f} needed")
+            raise ValueError(f"{parent} has {free / 1e9:.3g} GB free, of {needed / 1e9:.3g} needed")
         parameters = sum(math.prod(weight.shape) for weight in weights.values())
         print(f"{parameters:,} parameters, {total / 1e9:.2f} GB", flush=True)
         if not args.dry_run:

@@ -737,6 +737,7 @@ def unreadable(file: Path, kind: str, reason: object) -> ValueError:
 def open_safetensors(file: Path) -> Any:
     """A safetensors file, mapped into memory; ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
+    file.open("rb").close()  # PermissionError: safe_open would say that there is no such file
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -795,7 +796,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     state, heads = model.state_dict(), ("score.", "lm_head.")
     full_names = {name.removeprefix("model."): name for name in state}
     new = {name for name in full_names if name.startswith(heads)}
-    is_own = cls.__name__ in (read_json(folder / "config.json").get("architectures") or [])
+    is_own = cls.__name__ in str(read_json(folder / "config.json").get("architectures"))
     if new and (is_own or new & files.keys() or (stored_kind and cls is PersimmonForCausalLM)):
         new, heads = set(), ()  # the head has to be there; a new one would not be quantized
     stored = {name.removeprefix("model."): name for name in files if not name.startswith(heads)
@@ -900,7 +901,10 @@ def staging(folder: Path) -> Iterator[Path]:
             settle(folder)
             names = {*os.listdir(new)}
             new.rename(folder / ".complete")  # from here on, the new files count
-            settle(folder)
+            try:
+                settle(folder)
+            finally:  # after Ctrl-C
+                settle(folder)
             old = r"model-\d+-of-\d+.safetensors|model.*.safetensors.*index.json"
             old += "|".join(("", *TOKENIZER_FILES)) * ("tokenizer.model" in names)
             for name in filter(re.compile(old).fullmatch, {*os.listdir(folder)} - names):

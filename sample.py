@@ -79,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             left = ", ".join(names.split()[: 1 if names.startswith("--") else 2])
             help_text += f"  {f'{left} {placeholder}':26}{about}\n"
     args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(f"{unknown[0]} comes after the prompt: put the whole prompt in quotes")
     if unknown:
         raise ValueError(f"there is no option {unknown[0].split('=')[0]}: see --help")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
@@ -100,17 +102,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The texts to continue; "" for a blank line of a batch. ValueError for what is not UTF-8."""
-    source = args.file or args.batch or ("-" if args.prompt == "-" else None)
-    if source is None:
+    source = args.batch if args.file is None else args.file
+    if source is None and args.prompt != "-":
         return ["ROMEO:\n" if args.prompt is None else args.prompt]
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    data = sys.stdin.buffer.read() if source in ("-", None) else Path(source).read_bytes()
     text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    prompts = [line.strip() and line for line in text.split("\n")] if args.batch else [text]
+    lines = text.split("\n") if text or not args.batch else []
+    prompts = [line.strip() and line for line in lines] if args.batch else [text]
     for n, line in enumerate(prompts if args.batch else []):
         with suppress(ValueError, RecursionError):  # a line need not be JSON
             value = json.loads(line)
             value = value.get("prompt") if isinstance(value, dict) else value
-            prompts[n] = value if isinstance(value, str) else line
+            prompts[n] = value.encode().decode() if isinstance(value, str) else line
     return prompts
 
 
@@ -127,7 +130,8 @@ def progress(args: argparse.Namespace, note: str = "") -> None:
     """Show in a terminal what goes on and how much of it is done, in place of the last note."""
     if sys.stderr.isatty() and not args.quiet and note != args.note:
         args.note = note
-        print(f"\x1b[J\x1b7{note}\x1b8", end="", file=sys.stderr, flush=True)
+        # Save the cursor, switch line wrap off, ...: a note that scrolls would move the place.
+        print(f"\x1b[J\x1b7\x1b[?7l{note}\x1b[?7h\x1b8", end="", file=sys.stderr, flush=True)
 
 
 def visible(answer: argparse.Namespace, args: argparse.Namespace) -> str:
@@ -146,6 +150,7 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
     answers = [argparse.Namespace(
         prompt=prompt, text="", ids=[], logprobs=[], finish_reason="blank line" if args.batch and
         not prompt else None, seed=None, figures=None) for prompt in prompts]
+    progress(args, "tokenizing ...")
     for answer in answers if args.batch else ():  # one long line does not stop the others
         if len(args.tokenizer.encode(answer.prompt)) >= model.config.max_position_embeddings:
             answer.finish_reason = "too long"
@@ -309,9 +314,9 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     """The model that the command line asks for; sets args.tokenizer, the seed and the threads."""
     source, new = str(args.model), f"{args.model.stem}-safetensors"
     is_at_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not args.model.exists()
-    if is_at_hub or args.model.is_file():
+    if is_at_hub or args.model.suffix in (".tar", ".pt", ".bin"):
         get = f"`hf download {source} --local-dir {source}`, " if is_at_hub else ""
-        raise ValueError(f"{source} is no folder of safetensors: run {get}`python convert.py "
+        raise ValueError(f"{source} is no folder with safetensors: run {get}`python convert.py "
                          f"{source} {new}` and `python sample.py -m {new}`")
     progress(args, "loading ...")
     import torch
@@ -359,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.distributed.destroy_process_group()
         return code
     except KeyboardInterrupt:
+        print(end="\x1b[J" * sys.stderr.isatty(), file=sys.stderr)
         return 130
     except UnicodeDecodeError as error:
         text = f"the prompt is not UTF-8: {error.reason} at byte {error.start}"

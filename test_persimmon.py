@@ -111,6 +111,8 @@ def bench(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     if args.probe:
         print(json.dumps(machine_speed(args.device, dtype)))
         return 0
+    if not args.random and not args.model.is_dir():
+        raise ValueError(f"there is no folder {args.model}")
     note("measuring the machine ...")  # in a process of its own: its 2.1 GB are not part of this one's peak
     output = subprocess.run([sys.executable, __file__, "bench", "--probe", *argv], stdout=subprocess.PIPE, check=True)
     limit = dict(zip(("GB/s", "TFLOP/s"), json.loads(output.stdout.splitlines()[-1])))
@@ -192,6 +194,8 @@ def compare_speed(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
+    if args.rounds < 1 or args.vocab_size < 8:
+        raise ValueError("--rounds has to be 1 or more, and --vocab-size 8 or more")
     is_cuda = args.device == "cuda"
     torch.manual_seed(0)
     note("random weights ...")
@@ -270,7 +274,15 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `bench | head` ends without a traceback
         parser = argparse.ArgumentParser(prog=f"test_persimmon.py {command}", allow_abbrev=False,
                                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        return (bench if command == "bench" else compare_speed)(parser, options)
+        try:
+            return (bench if command == "bench" else compare_speed)(parser, options)
+        except KeyboardInterrupt:
+            note()
+            return 130
+        except (ValueError, OSError, subprocess.CalledProcessError) as error:
+            note()
+            print(f"test_persimmon.py: error: {error}", file=sys.stderr)
+            return 2
     if command == "all":
         pytest_command = [sys.executable, "-m", "pytest", __file__, *options]
         return subprocess.run(pytest_command, env={**os.environ, "PERSIMMON_ALL": "1"}).returncode
@@ -989,6 +1001,15 @@ def test_loading_refuses(folder, monkeypatch, file, message, change):
         PersimmonForCausalLM.from_pretrained(**{"folder": folder, **({} if file else change)})
 
 
+def test_ctrl_c_in_the_last_step_of_saving(small, folder, monkeypatch):
+    replace_file, calls = Path.replace, itertools.count()
+    monkeypatch.setattr(Path, "replace", lambda *a: replace_file(*a) if next(calls) != 1 else signal.raise_signal(2))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        small.save_pretrained(folder)
+    assert not (folder / ".complete").exists() and load_config(folder).dtype == "float32"
+
+
 def test_loading(folder, small, monkeypatch):
     """From shards; mapped, so that training changes no file; without `model.` in the names; inv_freq is left out."""
     shard(folder)
@@ -1428,7 +1449,7 @@ def test_transposed_kv_cache(reads, N, S, T):
 def test_cpu_engine_makes_a_cache(monkeypatch, processor):
     """Of transposed keys in 16 bit, from 4096 positions times heads on; not for bfloat16 on AMX, where SDPA is fast."""
     monkeypatch.setattr(persimmon, "cpu_has", lambda feature: feature in PROCESSORS[processor])
-    model, state = PersimmonForCausalLM(CONFIGS["D64"]).eval(), torch.get_rng_state()  # 2 heads
+    model, state = PersimmonForCausalLM(replace(CONFIGS["D64"])).eval(), torch.get_rng_state()  # 2 heads
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         engine, fits = CpuEngine(model.to(dtype)), dtype.itemsize == 2 and (processor, dtype) != ("AMX", torch.bfloat16)
         for N, proven in ((2047, 0), (2049, 2049), (2048, 2049), (2050, 2050)):  # for a longer one, it is proven anew
@@ -2215,7 +2236,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2432), ("sample.py", 393), ("convert.py", 464)):
+    for name, limit in (("persimmon.py", 2436), ("sample.py", 399), ("convert.py", 464)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -2610,9 +2631,9 @@ def test_figures_and_progress(cli, tiny, monkeypatch):
     monkeypatch.setattr(sample_script.time, "perf_counter", Mock(side_effect=[0, 1, *range(1001, 2000)]))
     monkeypatch.setattr(CpuEngine, "prepare", lambda self, progress=None: progress and progress(0.5))
     error = cli("--num-samples", 3, "-n", 20, "--ignore-eos", "--json", "--seed", 7, tty=True)[2]
-    *notes, figures = error.replace("\x1b[J\x1b7", "").split("\x1b8")
-    assert notes[2:6] == ["reading 18 tokens ...", "3 tokens ...", "laying out weights 50%", "6 tokens ..."]
-    assert notes[:2] + notes[6:7] + notes[-2:] == ["loading ...", "", "9 tokens ...", "60 tokens ...", ""]
+    *notes, figures = error.replace("\x1b[J\x1b7\x1b[?7l", "").split("\x1b[?7h\x1b8")
+    assert notes[:4] == ["loading ...", "", "tokenizing ...", "reading 18 tokens ..."]
+    assert notes[4:7] + notes[-2:] == ["3 tokens ...", "laying out weights 50%", "6 tokens ...", "60 tokens ...", ""]
     assert re.fullmatch(r"read 18 tokens at 18.0 tok/s, first token after 1.00 s\n"
                         r"wrote 60 at 3.0 tok/s, peak memory \d{1,2}\.\d\d GB, seed 7, ended by length\n", figures)
     other = [cli("-n", *options, tty=True)[2] for options in ([1], [9, "--plain"], [9, "-q"])]
@@ -2649,6 +2670,9 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
             assert (answer["prompt"] + answer["text"], answer["ids"]) == (text, ids)
             assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-4)
     assert cli("--batch", "-", "--json", stdin=b"\n \n")[2] == ""  # no figures of nothing
+    assert cli("--batch", "-", "--json") == (0, "", "")
+    answer = json.loads(cli("--batch", "-", "--json", "-n1", stdin=rb'"\ud800"')[1])
+    assert answer["prompt"] == r'"\ud800"'  # no text, and so no JSON
     long = tiny[1].decode(tiny[1].encode("word " * 150)[:150])  # which fills the context
     wide = "my lord, " * 20  # not for its 180 characters
     lines = f"To be\n{long}\n\nTo be\n{wide}".encode()
@@ -2670,11 +2694,12 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     ("--num-samples 0", "--num-samples 0 is not"), ("-t 99999", "--threads 99999 is not above 0 and up to 4096"),
     ("--density 0", "--density 0.0 is not"), ("--quantize int3", "'int3'"), ("--dtype int8", "int8 is not supported"),
     ("--device abacus", "--device abacus is not available on this machine"), ("-n " + "9" * 5000, "invalid int value"),
-    ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"), ("a b", "no option b"),
+    ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"), ("a b", "in quotes"),
     ("--chat --json", "none of"), ("--chat --num-samples 2", "none of"), ("--chat --random 8b", "none of"),
     ("--random 7b", "is no shape"), ("--random 8b:x", "is no shape"), ("--dtype int8 --random 8b:1", "int8 is not"),
     ("-f /nowhere", "No such file"), ("-f /dev/null --no-bos", "is (1, 0)"), ("--what=4", "no option --what: see"),
-    ("-m LICENSE", "run `python convert.py LICENSE LICENSE-safetensors` and `python sample.py -m LICENSE-safetensors`"),
+    ("-m x.tar", "run `python convert.py x.tar x-safetensors` and `python sample.py -m x-safetensors`"),
+    ("-m LICENSE", "there is no folder LICENSE: a model"), ("--batch=", "Is a directory"), ("-f=", "Is a"),
     ("-m adept/8b", "run `hf download adept/8b --local-dir adept/8b`, `python convert.py adept/8b 8b-safetensors` and"),
     ("-", "the prompt is not UTF-8: invalid start byte at byte 1"), ("a" * 9000, "fills the context of 1024")])
 def test_errors(cli, arguments, message, monkeypatch):
@@ -2786,6 +2811,9 @@ def test_chat_with_a_full_context(cli, monkeypatch):
         assert re.search(rf"\(that is too long: \d+ tokens, and the context is {limit}\)", error)
 
 
+WIPED = r"\x1b\[J\x1b7\x1b\[\?7l\x1b\[\?7h\x1b8"  # an empty note
+
+
 def test_chat_in_a_terminal():
     """Commands, a pasted text of two lines, one above 4096 bytes, Ctrl-C twice, Ctrl-D; notes are wiped."""
     command = [sys.executable, HERE / "sample.py", *"--chat -n 900 --ignore-eos --device cpu --temp 3 --seed 4".split()]
@@ -2794,9 +2822,9 @@ def test_chat_in_a_terminal():
         os.execve(sys.executable, command, {**os.environ, "TERM": "xterm"})
     screen = ""
     for typed, pattern in (
-        ("", r"loading \.\.\..*\x1b\[J\x1b7\x1b8.*\(/help, /reset forgets, /exit leaves.*\)\r\n.*> "),
+        ("", rf"loading \.\.\..*{WIPED}.*\(/help, /reset forgets, /exit leaves.*\)\r\n.*> "),
         ("/what now\r", r"\(there is no /what: /help lists what there is\).*> "),
-        ("\x1b[200~Speak,\nspeak.\x1b[201~\r", r"reading 23 tokens \.\.\.\x1b8\x1b\[J\x1b7\x1b8.*[^\x1b]{3}"),
+        ("\x1b[200~Speak,\nspeak.\x1b[201~\r", rf"reading 23 tokens \.\.\.\x1b\[\?7h\x1b8{WIPED}.*[^\x1b]{{3}}"),
         ("\x03", r"read 23 tokens at [\d.]+ tok/s.*ended by Ctrl-C.*> "),
         ("x" * 5000 + "\r", r"\(that is too long: 5\d\d\d tokens.*> "), ("Speak, \\\r", "\n.*  "),
         ("speak.\r", r"reading \d+ tokens.*\x1b8.*[^\x1b]{3}"), ("\x03", "ended by Ctrl-C.*> "),
@@ -3212,6 +3240,8 @@ def test_readme(tmp_path, monkeypatch, capsys):
 
 def test_run_as_a_script(monkeypatch, capsys):
     """`bench` without what only tests need: a row for each measurement, or why there is none. Else, how to use it."""
+    assert main(["bench", "-m", "/no"]) == 2
+    assert capsys.readouterr() == ("", "test_persimmon.py: error: there is no folder /no\n")
     for name in ("pytest", "hypothesis", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(subprocess, "run", Mock(return_value=Mock(stdout=b"[1, 0.001]")))  # the machine's speed
@@ -3232,7 +3262,7 @@ def test_run_as_a_script(monkeypatch, capsys):
 @pytest.mark.skipif(not ALL, reason="takes 20 s: PERSIMMON_ALL")
 def test_compare(capsys):
     """A row for each way of both; in one go, logits in bfloat16 have the same bits as those of transformers."""
-    assert main("compare --layers 1 --vocab-size 512 --rounds 1".split()) == 0
+    assert [main(f"compare --layers 1 --vocab-size 512 --rounds {n}".split()) for n in (0, 1)] == [2, 0]
     *rows, last = capsys.readouterr().out.splitlines()[1:]
     assert [re.match(r" 1 x   512  (.*?)  +first token +\d+\.\d ms, then +\d+\.\d\d ms", row)[1] for row in rows] == [
         "transformers", "persimmon.py", "90% zeros", "--plain", "int8, groups of 128", "int4, groups of 32",
