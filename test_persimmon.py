@@ -1012,7 +1012,11 @@ def test_ctrl_c_in_the_last_step_of_saving(small, folder, monkeypatch):
 
 def test_loading(folder, small, monkeypatch):
     """From shards; mapped, so that training changes no file; without `model.` in the names; inv_freq is left out."""
-    shard(folder)
+    opened = Path.open
+    with monkeypatch.context() as patch:  # what only its owner may read
+        patch.setattr(Path, "open", lambda file, *a, **b: opened(file / ("x" * (file.suffix != ".json")), *a, **b))
+        refuses("Not a directory", PersimmonForCausalLM.from_pretrained, folder, error=OSError)
+    shard(folder), edit(folder / "config.json", architectures=5)
     ids, done, before = random_ids(CONFIG), [], (folder / SHARD).read_bytes()
     model = PersimmonForCausalLM.from_pretrained(folder, hidden_dropout=0.5, progress=done.append)
     assert torch.equal(model(ids).logits, small(ids).logits) and model.config.hidden_dropout == 0.5
