@@ -119,7 +119,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     included. None means plain causal attention: a position sees itself and all before it. For
     another pattern, like a sliding window, return a mask in all cases: bool, or float to add,
     which is slower. Make it from input_pos, not from S: CUDA may pass S = N. (Differences of
-    indices count padding between tokens too.) Of three cases, only the last needs a mask:
+    indices count padding too.) There are three cases; without padding, only the last needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -149,7 +149,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
-    keeps every graph, and backward fails. In 16 bit, one pass over T is not bitwise T steps.
+    keeps every graph, and backward fails. In 16 bit, one long pass and T short ones round apart.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -461,8 +461,8 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # For the prompt; for one more token per row. To override only next_logits changes neither:
-    # these two stay bound to this one.
+    # `prefill` reads the prompt, `decode` one more token per row. Subclasses override these two:
+    # overriding only next_logits would change neither.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
