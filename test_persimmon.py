@@ -1259,6 +1259,8 @@ def test_tokenizer_files_and_chat_prompt(tmp_path):
     train_sentencepiece(tmp_path / "none.model", eos_id=-1)
     refuses("tokenizer_config.json asks for add_eos_token", Tokenizer, tmp_path)
     refuses("no file .*nothing", Tokenizer, tmp_path / "nothing", error=FileNotFoundError)
+    (tmp_path / "text.model").write_text("no tokenizer")
+    refuses("no SentencePiece model: .", Tokenizer, tmp_path / "text.model")  # and why
     refuses(r"none.model has no piece \|ENDOF", Tokenizer, tmp_path / "none.model")
     for content, message in ((b"not a model", "tokenizer.model is cut off"), (LFS, "model is a pointer of Git LFS")):
         file.write_bytes(content)
@@ -2731,6 +2733,8 @@ def test_interrupts_and_lack_of_memory(cli, monkeypatch):
     assert all(cli("hi")[2].startswith("sample.py: error: out of memory: ") for _ in range(3))
     assert cli("hi") == cli("hi", "--num-samples", 17, "--json") == (130, "", "")
     refuses("illegal", cli, "hi", error=RuntimeError)
+    monkeypatch.setattr(sample_script, "load", Mock(side_effect=KeyboardInterrupt))
+    assert cli("hi", tty=True) == (130, "", "\x1b[J")  # which wipes a note
 
 
 def test_random_weights(cli, monkeypatch):
@@ -3026,6 +3030,7 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         ("lm_head.weight .*there are two", weights, {"lm_head.weight": head})):
         refused(message, make.hub(*contents), out)
     refused("there is no .*nothing", tmp_path / "nothing", out)
+    refused("No such file", tmp_path / "nothing", out, "--verify")
     refused("no .*config.json", tmp_path, tmp_path.with_name("out"))
     monkeypatch.setattr(convert, "MD5", [hashlib.md5(release).hexdigest()])
     assert converted(good, out, "--verify", "--dry-run") == 0
