@@ -1177,6 +1177,18 @@ def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
             for w, sample in zip(weights, values)]
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has "amx_tile" (Intel's servers since 2023) or "avx512_bf16"."""
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()  # private to PyTorch
+
+
+def is_faster_in_float32(x: Tensor) -> bool:
+    """Whether x (rows, C) is multiplied faster in float32: if it has many rows in 16 bit, on an x86
+    CPU without AVX512-BF16, like most laptops'."""
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return x.is_cpu and len(x) > 8 and x.itemsize == 2 and is_x86 and not cpu_has("avx512_bf16")
+
+
 def available_memory(device: torch.device) -> float:
     """Free memory in bytes; on a GPU half of it, to leave KV caches room; infinity if unknown."""
     if device.type == "cuda":
@@ -1250,15 +1262,14 @@ class TableEngine(Engine):
 #
 #   AMX, bfloat16           W @ x, for up to 32 rows. (F.linear, which reorders W: 0.8 of the speed)
 #   AVX512-BF16 but no AMX  dot_products, for one row. (F.linear: a half; W @ x: a third)
+#   neither, bfloat16       torch.mv, for one row. (F.linear: 0.55 with AVX-512, 0.95 with AVX2)
+#
+# With neither, products in 16 bit are also slow for many rows, as in a prompt: W in float32, block
+# by block, takes a third of the time.
 #
 # dot_products is a gradient of embedding_bag, which recommender systems use: it sums some rows of a
 # table, each times a factor. We also use the sum itself: where most inputs are zero, and without
 # AMX for attention in 16 bit, as SDPA reads a long cache at an eighth of the speed.
-
-
-def cpu_has(feature: str) -> bool:
-    """Whether this CPU has "amx_tile" (Intel's servers since 2023) or "avx512_bf16"."""
-    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()  # private to PyTorch
 
 
 def dot_products(weight: Tensor, x: Tensor) -> Tensor:
@@ -1282,10 +1293,16 @@ def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
         y = nn.functional.embedding_bag(column, table.rows, start.flatten(), mode="sum",
                                         per_sample_weights=value)
         y = y.view(*start.shape, len(W)).sum(1, dtype=torch.float32)  # (rows, O)
-    elif fits and has_amx and x.dtype == torch.bfloat16 and len(rows) <= 32:
-        y = torch.mv(W, rows[0]) if len(rows) == 1 else (W @ rows.t()).t().contiguous()
-    elif fits and has_bf16 and not has_amx and x.dtype != torch.float16 and len(rows) == 1:
+    elif fits and len(rows) == 1 and x.dtype != torch.float16 and has_bf16 and not has_amx:
         y = dot_products(W, rows[0])
+    elif fits and len(rows) == 1 and x.dtype == torch.bfloat16:
+        y = torch.mv(W, rows[0])
+    elif fits and len(rows) <= 32 and x.dtype == torch.bfloat16 and has_amx:
+        y = (W @ rows.t()).t().contiguous()
+    elif fits and is_faster_in_float32(rows):
+        rows = rows.float()
+        block = rows.new_empty(256, linear.in_features)  # one for all, as new memory is slow
+        y = torch.cat([(rows @ block[: len(w)].copy_(w).t()).to(x.dtype) for w in W.split(256)], -1)
     else:
         return nn.functional.linear(x, W, linear.bias)
     y = y if linear.bias is None else y + linear.bias
@@ -1476,11 +1493,13 @@ class QuantizedLinear(nn.Module):
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
             has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
-        if has_kernel and 0 < len(rows) <= self.max_rows:
+        is_slow = is_faster_in_float32(rows)  # then kernels win up to more rows
+        if has_kernel and 0 < len(rows) <= (64 if is_slow else self.max_rows):
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
             y = self.small_batch_matmul(rows)
-        y = self.dequant_matmul(rows) if y is None else y
+        if y is None:
+            y = self.dequant_matmul(rows.float() if is_slow else rows)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 

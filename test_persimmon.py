@@ -59,17 +59,19 @@ def note(text: str = "") -> None:
 
 
 def machine_speed(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """GB/s of reading memory and TFLOP/s of a product of matrices: the best of several tries."""
+    """GB/s of reading memory and TFLOP/s of a product of matrices: the best of several tries (on a CPU also in float32,
+    where many are faster than in 16 bit)."""
     data = torch.ones(2**29, device=device)  # 2.1 GB: much more than any cache
     size, repeats = (4096, 1) if device == "cpu" else (8192, 16)  # a GPU takes orders in advance
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    a, b = torch.randn(2, size, size, device=device)
+    products = [partial(torch.mm, a.to(t), b.to(t)) for t in {dtype, torch.float32 if device == "cpu" else dtype}]
 
     def best(*works: Callable) -> float:
         timers = [Timer("work()", globals={"work": f}, num_threads=torch.get_num_threads()) for f in works * 4]
         return min(timer.timeit(repeats).median for timer in timers)
 
     read = best(data.sum, data.view(torch.int64).sum, data.amax, data.view(torch.int32).amax)
-    return data.nbytes / read / 1e9, 2 * size**3 / best(lambda: a @ b) / 1e12
+    return data.nbytes / read / 1e9, 2 * size**3 / best(*products) / 1e12
 
 
 def bytes_read(model: PersimmonForCausalLM, ids: torch.Tensor) -> float:
@@ -1392,13 +1394,16 @@ def reads(monkeypatch) -> Counter:
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_cpu_linear(monkeypatch, reads, processor, dtype, tolerance):
-    """With small_batch_matmul and dot_products: which operator is used for how many rows, on which processor."""
+    """Which operator is used for how many rows, on which processor."""
     use_cpu_engine(monkeypatch, processor)
-    one, few = {("AMX", torch.bfloat16): ("mv", "mm"), ("Zen 4", torch.float32): ("dots", "linear"),
-                ("Zen 4", torch.bfloat16): ("dots", "linear")}.get((processor, dtype), ("linear", "linear"))
+    one, few, many = {
+        ("AMX", torch.bfloat16): ("mv", "mm", "linear"), ("Zen 4", torch.float32): ("dots", "linear", "linear"),
+        ("Zen 4", torch.bfloat16): ("dots", "linear", "linear"), ("other", torch.bfloat16): ("mv", "linear", "mm"),
+        ("other", torch.float16): ("linear", "linear", "mm")}.get((processor, dtype), ("linear",) * 3)
     for bias, (operator, *shape) in itertools.product((True, False), (
-            (one, 1, 1, 24), (one, 24), (few, 2, 1, 24), (few, 1, 32, 24), ("linear", 1, 33, 24))):
-        layer, x = torch.nn.Linear(24, 56, bias).to(dtype), torch.randn(shape).to(dtype)
+            (one, 1, 1, 24), (one, 24), (few, 2, 1, 24), (few, 2, 4, 24), ("mm" if "mm" in (few, many) else few, 1, 9, 24),
+            ("mm" if "mm" in (few, many) else few, 1, 32, 24), (many, 1, 33, 24))):
+        layer, x = torch.nn.Linear(24, 560, bias).to(dtype), torch.randn(shape).to(dtype)
         reads.clear()
         with torch.no_grad():
             y = cpu_linear(layer, None, x)
@@ -1559,11 +1564,13 @@ def test_quantized_layers(cls, group_size, dtype, groups, tolerance):
     assert (difference[[3, 66], 128:] if cls is Int4Linear else difference[:, 5]).count_nonzero() == 0  # are exact
 
 
-@pytest.mark.parametrize("cls, operator, rows", [
-    (Int8Linear, "_weight_int8pack_mm", 16), (Int4Linear, "_weight_int4pack_mm_for_cpu", 64),
-    (Int8SparseLinear, "embedding_bag_byte_rowwise_offsets", 64)])
-def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operator, rows):
+@pytest.mark.parametrize("cls, operator, rows, processor", [
+    (Int8Linear, "_weight_int8pack_mm", 16, "Zen 4"), (Int8Linear, "_weight_int8pack_mm", 64, "other"),
+    (Int4Linear, "_weight_int4pack_mm_for_cpu", 64, "Zen 4"),
+    (Int8SparseLinear, "embedding_bag_byte_rowwise_offsets", 64, "Zen 4")])
+def test_quantized_layers_use_the_kernel_or_go_without(monkeypatch, cls, operator, rows, processor):
     """Not for many rows or nonzeros, other dtypes, gradients or torch.compile; and where PyTorch has it no more."""
+    use_cpu_engine(monkeypatch, processor)
     layer, is_sparse = cls(torch.nn.Linear(256, 64).bfloat16(), 64), cls is Int8SparseLinear
     namespace = torch.ops.quantized if is_sparse else torch.ops.aten
     monkeypatch.setattr(namespace, operator, kernel := Mock(side_effect=getattr(namespace, operator)))
