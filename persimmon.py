@@ -140,7 +140,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
     mask, T > 1 means T = S and causal attention; a single position sees all S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile's > is symbolic
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # a bool, even in torch.compile
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -149,7 +149,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
-    keeps every graph, and backward fails. In 16 bit, one long pass and T short ones round apart.
+    keeps every graph, and backward fails. In 16 bit, one long pass and T short ones differ a bit.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -270,7 +270,7 @@ class PersimmonPreTrainedModel(nn.Module):
         with more: normal, with std initializer_range."""
         part = self if part is None else part
         for name, p in part.named_parameters():
-            if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo, for 2 s
+            if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo: 2 s
                 nn.init.normal_(p, std=self.config.initializer_range)
             elif p.dim() == 1:
                 nn.init.constant_(p, float(name.endswith("weight")))
@@ -371,7 +371,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
         labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        Put -100, no label, at padding and at a text's first token. Rest: PersimmonModel.forward.
+        Put -100, no label, at padding and a text's first token. Rest: see PersimmonModel.forward.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -410,8 +410,8 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
 
     temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
     top_k        keeps the k likeliest tokens, of equals any; 0: all (Fan et al., arXiv 1805.04833)
-    top_p        keeps the likeliest tokens, as few as add up to p or more (arXiv 1904.09751). On
-                 a CPU, give top_k as well: sorting all the 8B's logits takes 20 ms a row
+    top_p        keeps the likeliest tokens, as few as add up to top_p (arXiv 1904.09751). On a CPU,
+                 give top_k as well: sorting all the 8B's logits takes 20 ms a row
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
     if temperature < 1e-30:  # float32 would round a tiny one to 0, and 0 / 0 is NaN
@@ -524,8 +524,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
     from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
     seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
-    holds the start of unpadded prompts, pass them whole: only the rest is computed. It is not
-    checked: first crop it to the common start. A row ends for one of these reasons:
+    holds the start of unpadded prompts, still pass them whole: only the rest is computed. Nothing
+    checks that ids match: first crop it to the common start. A row ends for one of these reasons:
         "stop"     it has reached one of stop_ids, by default eos_token_id
         "length"   max_new_tokens are written
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -608,6 +608,7 @@ from itertools import chain
 from typing import get_args, get_origin, get_type_hints
 
 # --- config.json ----------------------------------------------------------------------------------
+# Stored in config.json. If you edit the model, change a value, so that others refuse your folders.
 ARCHITECTURE = {"model_type": "persimmon", "hidden_act": "relu2", "tie_word_embeddings": False}
 DTYPES = ("bfloat16", "float16", "float32")
 # Each field's types: of `int | list[int] | None`, they are [int, list, NoneType].
@@ -1111,7 +1112,7 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 # An engine replaces the `forward` of modules, but only during its own passes, and only if they are
 # unmodified. Code that repeats what Part I computes is first compared with it, so you can edit
 # Part I: on CUDA the model's own blocks are compared, on CPUs attention to random keys and values,
-# and by `parallelize` the first two blocks.
+# and by `parallelize` the attention and MLP of the first two blocks.
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1178,15 +1179,15 @@ def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def cpu_has(feature: str) -> bool:
-    """Whether this CPU has "amx_tile" (Intel's servers since 2023) or "avx512_bf16"."""
+    """Whether this CPU has "avx2", "avx512_bf16" or "amx_tile" (Intel's servers since 2023)."""
     return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()  # private to PyTorch
 
 
 def is_faster_in_float32(x: Tensor) -> bool:
-    """Whether x (rows, C) is multiplied faster in float32: if it has many rows in 16 bit, on an x86
-    CPU without AVX512-BF16, like most laptops'."""
-    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return x.is_cpu and len(x) > 8 and x.itemsize == 2 and is_x86 and not cpu_has("avx512_bf16")
+    """Whether x (rows, C) is multiplied faster in float32: 16 rows or more in 16 bit on an x86 CPU
+    without AVX512-BF16, like Intel's in laptops and AMD's before Zen 4."""
+    lacks_bf16 = cpu_has("avx2") and not cpu_has("avx512_bf16")
+    return x.is_cpu and len(x) >= 16 and x.itemsize == 2 and lacks_bf16
 
 
 def available_memory(device: torch.device) -> float:
@@ -1258,14 +1259,14 @@ class TableEngine(Engine):
 # === Part III a. CPU ==============================================================================
 #
 # Each token reads every weight once, so the best operator is the one that reads memory fastest. For
-# W x with a large W, these read it at full speed:
+# W x with a large W, that is:
 #
 #   AMX, bfloat16           W @ x, for up to 32 rows. (F.linear, which reorders W: 0.8 of the speed)
 #   AVX512-BF16 but no AMX  dot_products, for one row. (F.linear: a half; W @ x: a third)
-#   neither, bfloat16       torch.mv, for one row. (F.linear: 0.55 with AVX-512, 0.95 with AVX2)
+#   AVX2 alone, bfloat16    torch.mv, for one row. (F.linear: 0.55 with AVX-512, else 0.95)
 #
-# With neither, products in 16 bit are also slow for many rows, as in a prompt: W in float32, block
-# by block, takes a third of the time.
+# With AVX2 alone, products in 16 bit are also slow for many rows: a prompt of hundreds of tokens
+# takes a third of the time with W in float32, block by block.
 #
 # dot_products is a gradient of embedding_bag, which recommender systems use: it sums some rows of a
 # table, each times a factor. We also use the sum itself: where most inputs are zero, and without
@@ -1279,6 +1280,15 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
     bags = torch.zeros_like(rows)  # (O), the bag of each row
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return backward(x[None], weight, rows, bags[:1], bags, 0)  # bag 0 starts at 0; mode 0 is sum
+
+
+def float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x), x (rows, C) -> (rows, O), in float32, for which blocks of W are converted."""
+    W, block = linear.weight, x.new_empty(512, linear.in_features, dtype=torch.float32)
+    bias = W.new_zeros(len(W)) if linear.bias is None else linear.bias
+    parts, rows = zip(W.split(512), bias.float().split(512)), x.float()
+    return torch.cat([torch.addmm(b, rows, block[: len(w)].copy_(w).t()).to(x.dtype)
+                      for w, b in parts], dim=-1)
 
 
 def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
@@ -1295,14 +1305,12 @@ def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
         y = y.view(*start.shape, len(W)).sum(1, dtype=torch.float32)  # (rows, O)
     elif fits and len(rows) == 1 and x.dtype != torch.float16 and has_bf16 and not has_amx:
         y = dot_products(W, rows[0])
-    elif fits and len(rows) == 1 and x.dtype == torch.bfloat16:
+    elif fits and len(rows) == 1 and x.dtype == torch.bfloat16 and cpu_has("avx2"):
         y = torch.mv(W, rows[0])
     elif fits and len(rows) <= 32 and x.dtype == torch.bfloat16 and has_amx:
         y = (W @ rows.t()).t().contiguous()
     elif fits and is_faster_in_float32(rows):
-        rows = rows.float()
-        block = rows.new_empty(256, linear.in_features)  # one for all, as new memory is slow
-        y = torch.cat([(rows @ block[: len(w)].copy_(w).t()).to(x.dtype) for w in W.split(256)], -1)
+        return float32_linear(linear, rows).view(*x.shape[:-1], len(W))
     else:
         return nn.functional.linear(x, W, linear.bias)
     y = y if linear.bias is None else y + linear.bias
@@ -1399,21 +1407,21 @@ class CpuEngine(TableEngine):
                     results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
-        are_equal = []
-        with suppress(RuntimeError, TypeError, ValueError, AttributeError):  # Part I was edited
+        try:
             for S in (N, min(N, 7)):
                 fast, plain, exact = (attend(S, *way, 1) for way in (
                     (TransposedKVCache, dtype), (KVCache, dtype), (KVCache, torch.float32)))
-                are_equal.append(is_as_exact(fast, plain, exact))
+                pairs = [(fast, plain, exact)]
                 for scale in (1, 16):  # large scores show a clamp, which rounding in 16 bit hides
                     fast, exact = (attend(S, kind, torch.float32, scale)
                                    for kind in (TransposedKVCache, KVCache))
-                    are_equal.append(is_as_exact(fast, exact, exact))
-        if len(are_equal) == 6 and all(are_equal):
-            return True
-        warnings.warn("TransposedKVCache does not attend like this file's KVCache: it is not used, "
-                      "and long caches are read more slowly")
-        return False
+                    pairs.append((fast, exact, exact))
+                if not all(is_as_exact(*each) for each in pairs):
+                    raise ValueError("it does not attend like this file's KVCache")
+        except Exception as error:  # Part I was edited
+            warnings.warn(f"TransposedKVCache is not used, and long caches are slower: {error}")
+            return False
+        return True
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first finds out what has changed."""
@@ -1493,7 +1501,7 @@ class QuantizedLinear(nn.Module):
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
             has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
-        is_slow = is_faster_in_float32(rows)  # then kernels win up to more rows
+        is_slow = has_kernel and is_faster_in_float32(rows)  # then the int8 kernel wins for longer
         if has_kernel and 0 < len(rows) <= (64 if is_slow else self.max_rows):
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
@@ -2233,8 +2241,9 @@ class CudaEngine(TableEngine):
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
         """Whether each block adds to x what it adds plainly, for T positions at a cache's end and
-        at its start, as few positions show what many hide, like one more term in the softmax. A
-        step, T = 1, has the mask of a captured pass, of which S is N."""
+        at its start, as few positions show what many hide, like one more term in the softmax, and a
+        small x what rounding hides. A step, T = 1, has the mask of a captured pass, whose S is N.
+        """
         config, (L, B, _, N, _) = self.model.config, cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
@@ -2244,13 +2253,13 @@ class CudaEngine(TableEngine):
             content = getattr(caches[0], name).normal_(generator=random).clone()
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
-        x = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
+        noise = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
         padding[-1:, : N // 3] = 0
         last = max(0, N - T - 1)  # where S is not N in any other pass
         try:
-            for length in {last, min(last, 3)}:
-                caches[0].is_capturing = False
+            for length, scale in (last, 1), (min(last, 3), 0.02):
+                x, caches[0].is_capturing = scale * noise, False
                 for one in caches:
                     one.crop(length)
                 input_pos, S = caches[1].positions(B, T)
