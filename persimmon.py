@@ -1284,9 +1284,9 @@ def dot_products(weight: Tensor, x: Tensor) -> Tensor:
 
 def float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(x), x (rows, C) -> (rows, O), in float32, for which blocks of W are converted."""
-    W, block = linear.weight, x.new_empty(512, linear.in_features, dtype=torch.float32)
+    W, block = linear.weight, x.new_empty(256, linear.in_features, dtype=torch.float32)
     bias = W.new_zeros(len(W)) if linear.bias is None else linear.bias
-    parts, rows = zip(W.split(512), bias.float().split(512)), x.float()
+    parts, rows = zip(W.split(256), bias.float().split(256)), x.float()
     return torch.cat([torch.addmm(b, rows, block[: len(w)].copy_(w).t()).to(x.dtype)
                       for w, b in parts], dim=-1)
 
