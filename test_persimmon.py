@@ -1003,8 +1003,12 @@ def test_loading_refuses(folder, monkeypatch, file, message, change):
 
 
 def test_ctrl_c_in_the_last_step_of_saving(small, folder, monkeypatch):
-    replace_file, calls = Path.replace, itertools.count()
-    monkeypatch.setattr(Path, "replace", lambda *a: replace_file(*a) if next(calls) != 1 else signal.raise_signal(2))
+    def replace_file(*args, replace=Path.replace, calls=itertools.count()):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(Path, "replace", replace_file)
     (folder / "config.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt):
         small.save_pretrained(folder)
@@ -2272,7 +2276,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2464), ("sample.py", 399), ("convert.py", 464)):
+    for name, limit in (("persimmon.py", 2465), ("sample.py", 399), ("convert.py", 464)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
