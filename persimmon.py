@@ -149,7 +149,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
-    keeps every graph, and backward fails. In 16 bit, one long pass and T short ones differ a bit.
+    keeps every graph, and backward fails. A pass over T tokens rounds unlike T passes over one.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -177,7 +177,7 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Set `length`: lower to forget positions, higher once all layers have stored new ones.
-        Never assign to it: a cache on CUDA has a copy."""
+        Call this, do not assign: on CUDA, there is a second copy."""
         self.length = length
 
 
@@ -409,7 +409,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
     """Draw ids (B) from logits (B, V), row b with generators[b]. Options, in transformers' order:
 
     temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
-    top_k        keeps the k likeliest tokens, of equals any; 0: all (Fan et al., arXiv 1805.04833)
+    top_k        keeps the k likeliest tokens, any of equals; 0: all (Fan et al., arXiv 1805.04833)
     top_p        keeps the likeliest tokens, as few as add up to top_p (arXiv 1904.09751). On a CPU,
                  give top_k as well: sorting all the 8B's logits takes 20 ms a row
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
