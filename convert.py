@@ -252,7 +252,7 @@ def read_release(path: Path, files: dict[str, bytes]) -> Source:
         if len(places) != 1:
             raise ValueError(f"{path} has {len(places)} files {name}, where one is needed")
         return [Window(places[0])] if path.is_dir() else [window, tar.extractfile(places[0])]
-    files = {"tokenizer.model": find("adept_vocab.model")[-1].read(), **files}
+    files = files or {"tokenizer.model": find("adept_vocab.model")[-1].read()}
     return read_checkpoint(Archive(*find("model_optim_rng.pt")), files)
 
 
@@ -282,9 +282,11 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
         return read_checkpoint(Archive(Window(path)), files)
     if path.is_file() or any(path.rglob("model_optim_rng.pt")):
         return read_release(path, files)
-    for name in "config", "generation_config", "model.safetensors.index", "pytorch_model.bin.index":
+    for name in ("config", "generation_config", "tokenizer_config", "model.safetensors.index",
+                 "pytorch_model.bin.index"):
         if (file := path / f"{name}.json").exists():
             Window(file).read()  # refuses what is too large, or no file
+            persimmon.read_json(file)
     config, raw = persimmon.load_config(path), persimmon.read_json(path / "config.json")
     if config.quantization is not None:
         raise ValueError(f"{path} is quantized already: start from weights in 16 or 32 bit")

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. A new key that may be 0 goes in CONFIG_RANGES."""
+    """Keys of config.json; defaults are the 8B's. For a new one that may be 0: CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -117,9 +117,9 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
     The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
     included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, return a mask in all cases: bool, or float to add,
-    which is slower. Make it from input_pos, not from S: CUDA may pass S = N. (Differences of
-    indices count padding too.) There are three cases; without padding, only the last needs a mask:
+    another pattern, like a sliding window, delete the line that returns None. A mask may also be
+    float, to be added, which is slower. Do not rely on S, as CUDA may pass S = N. (Distances are
+    row - column, and count padding.) Without padding, only the last of three cases needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -139,8 +139,8 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
-    mask, T > 1 means T = S and causal attention; a single position sees all S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # a bool, even in torch.compile
+    mask, a single position sees all S, and several are causal: then T = S."""
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile: no SymBool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -266,17 +266,15 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initialize parameters. With one axis: 1 if named *weight (a norm's), else 0 (a bias);
-        with more: normal, with std initializer_range."""
-        part = self if part is None else part
-        for name, p in part.named_parameters():
-            if p.dim() > 1 and not p.is_meta:  # on meta, normal_ imports dynamo: 2 s
-                nn.init.normal_(p, std=self.config.initializer_range)
-            elif p.dim() == 1:
-                nn.init.constant_(p, float(name.endswith("weight")))
-        for m in part.modules():
-            if isinstance(m, nn.Embedding) and m.padding_idx is not None:
-                nn.init.zeros_(m.weight[m.padding_idx])
+        """Initialize all Linears, embeddings and LayerNorms: matrices normal, with standard
+        deviation initializer_range; biases 0; a norm's weight 1. Other parameters stay."""
+        for m in (self if part is None else part).modules():
+            if isinstance(m, nn.LayerNorm):
+                m.reset_parameters()
+            elif isinstance(m, (nn.Linear, nn.Embedding)) and not m.weight.is_meta:
+                nn.init.normal_(m.weight, std=self.config.initializer_range)  # on meta: takes 2 s
+                if getattr(m, "bias", None) is not None:
+                    nn.init.zeros_(m.bias)
 
     def gradient_checkpointing_enable(self) -> None:
         """Save memory: recompute blocks in backward (arXiv 1604.06174). `del block.forward`, for
@@ -362,7 +360,6 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         self.init_weights(self.lm_head)
         self.fast = True  # False: `generate` runs this code alone, without Part III's engines
         self.engine = None  # see engine_for
-        self.sample = sample  # or one of yours, which must not change the logits in place
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None,
@@ -371,7 +368,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
         labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        Put -100, no label, at padding and a text's first token. Rest: see PersimmonModel.forward.
+        Put -100, no label, at padding and a text's first token. The rest is as in PersimmonModel.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -382,6 +379,10 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
             predicted = logits[:, :-1].flatten(0, 1).float()
             loss = nn.functional.cross_entropy(predicted, labels[:, 1:].flatten())
         return HeadOutput(loss, logits)
+
+    def sample(self, logits: Tensor, *options: Any) -> Tensor:
+        """How `generate` draws ids. Override it, or assign a function; copy logits to change."""
+        return sample(logits, *options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  max_length: int | None = None, **options: Any) -> Tensor:
@@ -461,16 +462,15 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # `prefill` reads the prompt, `decode` one more token per row. Subclasses override these two:
-    # overriding only next_logits would change neither.
+    # `prefill` reads the prompt, `decode` one more token per row. Part III's engines have their
+    # own, which call next_logits: so edit that.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's ids (B) and log-probabilities (B) as lists. On CUDA, each but the first
-        is yielded after the next one is sampled."""
+        """Each step's ids (B) and log-probabilities (B) as lists. CUDA's runs one step late."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -558,7 +558,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     pad = pad if pad is not None else eos[0] if eos else 0
     generators = [torch.Generator(device).manual_seed(s) for s in range(seed, seed + B)]
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)  # (B, V), to penalize
-    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # for padding, the last id
+    seen.scatter_(1, torch.where(mask > 0, ids, ids[:, -1:]), True)  # padding: the last id again
     mask = torch.cat((mask, mask.new_ones(B, steps - 1)), dim=1) if is_padded else None
     reasons: list[str | None] = [None] * B
 
@@ -583,7 +583,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
-                tokens[b], logprobs[b] = pad, 0.0  # in the output; the model reads what it sampled
+                tokens[b], logprobs[b] = pad, 0.0  # only here: the model reads the sampled token
             elif token in stop_ids:
                 reasons[b] = "stop"
             elif step == max_new_tokens:
@@ -677,7 +677,7 @@ def load_config(folder: str | Path) -> PersimmonConfig:
     for key in ("rope_scaling", "rope_parameters"):  # 2023's, often null, and transformers 5's
         if not isinstance(values.get(key) or {}, dict):
             raise ValueError(f"config key {key} = {values[key]!r} is not an object")
-        rope |= values.get(key) or {}
+        rope |= {k: v for k, v in (values.get(key) or {}).items() if v is not None}
     values |= {**rope, "quantization": None,  # it comes from quantization_config, below
                "dtype": values.get("dtype") or values.get("torch_dtype")}
     generation = Path(folder) / "generation_config.json"
@@ -824,12 +824,12 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
                              f"{tuple(empty.shape)}")
         if tensor.dtype != empty.dtype and not (is_float and tensor.is_floating_point()):
             raise ValueError(f"{what} as {tensor.dtype}: config.json makes it {empty.dtype}")
-        target = target or (tensor.dtype if is_float else None)
+        target = target or (as_dtype(tensor.dtype) if is_float else None)
         state[full_names[bare]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         done += empty.nbytes
         if progress is not None and quantize is None:  # else the quantizer reports progress
             progress(done / total)
-    state |= {n: torch.empty_like(state[n], dtype=target, device=device or "cpu") for n in new}
+    state |= {n: torch.zeros_like(state[n], dtype=target, device=device or "cpu") for n in new}
     model.load_state_dict(state, assign=True)
     if new:
         model.init_weights(model.get_submodule(min(new).split(".")[0]))
@@ -865,7 +865,7 @@ def settle(folder: Path) -> None:
     """Finish a `staging` that was interrupted in its last step: move the files, all complete."""
     complete = folder / ".complete"
     with suppress(FileNotFoundError, NotADirectoryError):  # nothing to do, or just done
-        for file in list(complete.iterdir()):
+        for file in [] if complete.is_symlink() else list(complete.iterdir()):
             with suppress(FileNotFoundError):  # another process has just moved it
                 file.replace(folder / file.name)
         complete.rmdir()
@@ -884,7 +884,7 @@ def staging(folder: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
         raise ValueError(f"{scratch} is in the way: files are first written there")
-    with (scratch / "lock").open("w") as lock:
+    with (scratch / "lock").open("a") as lock:  # not "w", which would empty a link's target
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -1372,49 +1372,52 @@ class CpuEngine(TableEngine):
     compared: tuple[Any, float] = None, 0
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
-        """A TransposedKVCache in 16 bit, unless the cache is short or SDPA is faster."""
-        config, dtype = self.model.config, self.model.dtype
+        """A TransposedKVCache in 16 bit, unless the cache is short, yours, or SDPA is faster."""
+        config, dtype, cache = self.model.config, self.model.dtype, super().make_cache(B, N, device)
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
-        if dtype.itemsize > 2 or has_fast_sdpa or config.num_attention_heads * N < 4096:
-            return super().make_cache(B, N)
+        is_short = config.num_attention_heads * N < 4096
+        if type(cache) is not KVCache or dtype.itemsize > 2 or has_fast_sdpa or is_short:
+            return cache
         state = attention, KVCache.attend, repr(config), dtype
         if state != self.compared[0] or N > self.compared[1]:
             self.compared = state, N if self.is_proven(N, dtype) else math.inf
-        kind = KVCache if self.compared[1] == math.inf else TransposedKVCache
-        return kind(config, B, N, dtype, "cpu")
+        is_proven = self.compared[1] < math.inf
+        return TransposedKVCache(config, B, N, dtype, "cpu") if is_proven else cache
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
-        """Whether TransposedKVCache attends as KVCache does, to N positions of three heads, and to
-        few, which show what many hide. (Two heads would hide an edit by which several heads of q
-        share two heads of keys.)"""
-        L, D = self.model.config.num_hidden_layers, self.model.config.head_dim
-        config = replace(self.model.config, hidden_size=3 * D, num_attention_heads=3,
-                         num_hidden_layers=1)
+        """Whether TransposedKVCache attends as KVCache does: to N positions, of two heads in all
+        layers, and to 256, of all heads in two layers, where a whole prompt attends too."""
+        own, L = self.model.config, self.model.config.num_hidden_layers
         random = torch.Generator().manual_seed(0)
-        content = torch.randn(2, 1, 1, 3, N, D, generator=random).to(dtype)
-        qkv = torch.randn(3, 1, 3, 3, D, generator=random).to(dtype)  # of three new positions
 
-        def attend(S: int, kind: type[KVCache], dtype: torch.dtype, scale: float) -> Tensor:
+        def attend(qkv: Tensor, layers: int, kind: type[KVCache], dtype: torch.dtype,
+                   scale: float) -> Tensor:
+            _, H, S, D = qkv.shape
             two_at_once = causal_mask(torch.arange(S - 3, S - 1), S - 1, None)
             padded = (torch.arange(S) >= S // 3)[None, None, None]
+            passes = [(S - 3, S - 1, two_at_once), (S - 1, S, None), (S - 1, S, padded)]
+            config = replace(own, hidden_size=H * D, num_attention_heads=H, num_hidden_layers=1)
             cache, results = kind(config, 1, N, dtype, "cpu"), []
-            cache.keys[:, :, :, :N], cache.values[:, :, :, :N] = content
+            if len(vars(cache)) != 3 + (kind is TransposedKVCache):
+                raise ValueError("this file's KVCache has other attributes")
+            cache.keys[..., :S, :], cache.values[..., :S, :] = qkv[1:].to(dtype)
             cache.keys = cache.keys.expand(L, -1, -1, -1, -1)  # the same memory for every layer
             cache.values = cache.values.expand(L, -1, -1, -1, -1)
-            for layer in range(L):
-                for start, stop, mask in ((0, 2, two_at_once), (2, 3, None), (2, 3, padded)):
-                    cache.crop(S - 3 + start)
-                    q, k, v = qkv[:, :, :, start:stop].to(dtype)
+            for layer in range(layers):
+                for start, stop, mask in [(0, S, None)] * (S <= 256) + passes:
+                    cache.crop(start)
+                    q, k, v = qkv[:, None, :, start:stop].to(dtype)  # (1, H, stop - start, D)
                     results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
         try:
-            for S in (N, min(N, 7)):
-                fast, plain, exact = (attend(S, *way, 1) for way in (
+            for H, S, layers in (2, N, L), (own.num_attention_heads, min(N, 256), min(L, 2)):
+                qkv = torch.randn(3, H, S, own.head_dim, generator=random).to(dtype)
+                fast, plain, exact = (attend(qkv, layers, *way, 1) for way in (
                     (TransposedKVCache, dtype), (KVCache, dtype), (KVCache, torch.float32)))
                 pairs = [(fast, plain, exact)]
                 for scale in (1, 16):  # large scores show a clamp, which rounding in 16 bit hides
-                    fast, exact = (attend(S, kind, torch.float32, scale)
+                    fast, exact = (attend(qkv, layers, kind, torch.float32, scale)
                                    for kind in (TransposedKVCache, KVCache))
                     pairs.append((fast, exact, exact))
                 if not all(is_as_exact(*each) for each in pairs):
@@ -1720,7 +1723,7 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
         raise ValueError(f"the model is quantized already, in {old['quantize']}")
     if kind not in ("int8", "int4"):
         raise ValueError(f"quantize = {kind!r} is neither int8 nor int4")
-    if group_size not in (32, 64, 128):
+    if type(group_size) is not int or group_size not in (32, 64, 128):
         raise ValueError(f"group_size = {group_size} is none of 32, 64 and 128")
     linears = [(path, parent, child, m.weight.nbytes) for path, parent in model.named_modules()
                for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
@@ -2183,8 +2186,10 @@ class CudaEngine(TableEngine):
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, if there is Triton. If memory is short, the tables make room for it."""
-        kind = KVCache if triton_kernels() is None else StaticCache
-        make = partial(kind, self.model.config, B, N, self.model.dtype, self.model.device)
+        device = device or self.model.device
+        make = partial(super().make_cache, B, N, device)
+        if triton_kernels() is not None and type(super().make_cache(1, 1)) is KVCache:  # not yours
+            make = partial(StaticCache, self.model.config, B, N, self.model.dtype, device)
         try:
             return make()
         except torch.OutOfMemoryError:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing torch takes seconds: --help and a wrong argument do not wait for it
     from persimmon import KVCache, PersimmonForCausalLM
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)  # under torchrun; a RANK may be a scheduler's
+RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0
 ROWS = 16  # texts written at once: a pass reads the same weights for all of them
 CHAT_HELP = "/help, /reset forgets, /exit leaves, Ctrl-C interrupts, \\ continues a line"
 SAMPLING = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
@@ -151,12 +152,13 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
         prompt=prompt, text="", ids=[], logprobs=[], finish_reason="blank line" if args.batch and
         not prompt else None, seed=None, figures=None) for prompt in prompts]
     progress(args, "tokenizing ...")
+    limit = model.config.max_position_embeddings  # more is refused, but decoding all takes minutes
     for answer in answers if args.batch else ():  # one long line does not stop the others
-        if len(args.tokenizer.encode(answer.prompt)) >= model.config.max_position_embeddings:
+        if len(args.tokenizer.encode(answer.prompt)) >= limit:
             answer.finish_reason = "too long"
     growing = [answer for answer in answers if not answer.finish_reason]
     inputs = args.tokenizer([answer.prompt for answer in growing])  # input_ids and attention_mask
-    decoders = [StreamDecoder(args.tokenizer, ids) for ids in inputs["input_ids"].tolist()]
+    decoders = [StreamDecoder(args.tokenizer, ids[:limit]) for ids in inputs["input_ids"].tolist()]
     steps = generate(model, **inputs, **args.sampling, seed=args.seed, cache=cache,
                      stop_ids=() if args.ignore_eos or args.random else None) if growing else ()
     read = int(inputs["attention_mask"].sum()) - (cache.length if cache else 0)
@@ -198,7 +200,7 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
     reasons = ", ".join(sorted({answer.finish_reason for answer in answers} - {"blank line"}))
     if reasons and not args.quiet:
         print(FIGURES.format(**figures, seed=args.seed, reasons=reasons), file=sys.stderr)
-    args.seed += len(growing)
+    args.seed = (args.seed + len(growing)) % 2**63
     return answers
 
 
@@ -314,7 +316,7 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     """The model that the command line asks for; sets args.tokenizer, the seed and the threads."""
     source, new = str(args.model), f"{args.model.stem}-safetensors"
     is_at_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not args.model.exists()
-    if is_at_hub or args.model.suffix in (".tar", ".pt", ".bin"):
+    if is_at_hub or args.model.suffix in (".tar", ".pt", ".bin") and not args.model.is_dir():
         get = f"`hf download {source} --local-dir {source}`, " if is_at_hub else ""
         raise ValueError(f"{source} is no folder with safetensors: run {get}`python convert.py "
                          f"{source} {new}` and `python sample.py -m {new}`")
@@ -391,6 +393,7 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
     sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")
     if sys.stdout is None:
         sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # for --chat
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
     # Large pages fill sooner; waiting threads soon leave others the cores; caches have a bound.

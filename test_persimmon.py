@@ -564,15 +564,14 @@ def use_engine(monkeypatch, model: PersimmonForCausalLM, kind: str) -> None:
 # === Part I. The model ===============================================================================================
 @pytest.mark.parametrize("kind", HEADS)
 def test_init_weights(kind):
-    """Of a new model, and of one that had other weights."""
+    """Of a new model, and of one that had other weights; a parameter of one's own stays."""
     config = replace(CONFIG, initializer_range=0.05, num_labels=50)
-    (other := randomize(kind(config))).experts = torch.nn.Parameter(torch.ones(9, 30, 40))  # as a person adds them
+    (other := randomize(kind(config))).gate = torch.nn.Parameter(torch.full((9,), 7.0))
     other.init_weights()
     for model in (kind(config), other):
         for name, p in model.named_parameters():
-            is_new = p == float("norm" in name and name.endswith("weight"))
+            is_new = p == (7.0 if name == "gate" else float("norm" in name and name.endswith("weight")))
             assert 0.04 < p.std() < 0.06 and abs(p.mean()) < 0.01 if p.dim() > 1 else is_new.all(), name
-        assert not model.model.embed_tokens.weight[5].any()  # pad_token_id
 
 
 @torch.no_grad()
@@ -705,6 +704,19 @@ def test_shape_comments(monkeypatch):
     finally:
         sys.settrace(None)
     assert len(claims) > 40 and checked == {*claims}, f"never run: lines {sorted({*claims} - checked)}"
+
+
+def test_a_model_samples_in_its_own_way(small):
+    """By a method of a subclass, or by a function that is assigned: here, the least likely token."""
+    class Own(PersimmonForCausalLM):
+        def sample(self, logits, *options):
+            return logits.argmin(-1)
+
+    own, ids = Own(small.config).eval(), random_ids(CONFIG)
+    own.load_state_dict(small.state_dict())
+    small.sample = lambda logits, generators, temperature, top_k, top_p, min_p: logits.argmin(-1)
+    for model in (own, small):
+        assert torch.equal(model.generate(ids, max_new_tokens=1)[:, -1], small(ids).logits[:, -1].argmin(-1))
 
 
 @pytest.mark.parametrize(("V", "spread", "options"), [
@@ -912,8 +924,9 @@ def test_config_survives_a_round_trip(tmp_path, is_own):
     assert load_config(tmp_path) == PersimmonConfig()
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "persimmon", "rope_scaling": None, "hidden_size": None, "hidden_dropout": 0, "use_cache": 1,
-        "bos_token_id": None, "quantization": {"quantize": "int8"}, "rope_parameters": {"type": None}}))
-    assert load_config(tmp_path) == PersimmonConfig(bos_token_id=None)
+        "bos_token_id": None, "quantization": {"quantize": "int8"}, "rope_theta": 9,
+        "rope_parameters": {"type": None, "rope_theta": None}}))
+    assert load_config(tmp_path) == PersimmonConfig(bos_token_id=None, rope_theta=9)
     # fields of one's own
     old = "    hidden_size: int"
     own = edited(tmp_path, (old, f"    window: list[int] | None = None\n    act: str = 'a'\n{old}"))
@@ -1000,6 +1013,15 @@ def test_loading_refuses(folder, monkeypatch, file, message, change):
         (change_tensors if file == WHOLE else edit)(folder / file, **change)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"\A.*{message}.*\Z"):  # in one line
         PersimmonForCausalLM.from_pretrained(**{"folder": folder, **({} if file else change)})
+
+
+def test_links_in_a_strangers_folder(folder, small):
+    """Loading moves nothing out of where one leads; saving empties nothing."""
+    (mine := folder.with_name("mine")).mkdir(), (mine / "thesis.tex").write_text("x")
+    (folder / ".complete").symlink_to(mine), folder.with_name("new.unfinished").mkdir()
+    folder.with_name("new.unfinished").joinpath("lock").symlink_to(mine / "thesis.tex")
+    load_config(folder), small.save_pretrained(folder.with_name("new"))
+    assert (mine / "thesis.tex").read_text() == "x" and not (folder / "thesis.tex").exists()
 
 
 def test_ctrl_c_in_the_last_step_of_saving(small, folder, monkeypatch):
@@ -1099,6 +1121,9 @@ def test_dtype_and_quantized_folders(folders, tmp_path):
         assert {t.dtype for t in load(tmp_path, asked).state_dict().values()} == {torch.uint8, getattr(torch, expected)}
     refuses("the model is quantized already, in int4", load, tmp_path, quantize="int8")
     assert load(tmp_path, quantize="int4").config.quantization["quantize"] == "int4"  # as it is
+    edit(tmp_path / "config.json", dtype=None)
+    change_tensors(tmp_path / WHOLE, **model.double().state_dict())
+    refuses("dtype float64 is not supported", load, tmp_path)
 
 
 def test_folders_that_other_programs_make(folder, small):
@@ -1488,20 +1513,39 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
             assert type(engine.make_cache(1, 2500)) is KVCache
 
 
-def test_cpu_engine_proves_its_attention(small, monkeypatch):
-    """Where Part I attends in another way, here to one position with large scores in odd layers, to few positions, or
-    to two heads of keys, its cache is used."""
-    attend, init, model = KVCache.attend, KVCache.__init__, small.half()
+def test_cpu_engine_proves_its_attention(monkeypatch):
+    """Where Part I attends in another way, here to one position with large scores in the last layer, to few positions, of a
+    later head to many, in a prompt, or to two heads of keys, or its cache has more to know, that cache is used."""
+    attend, init = KVCache.attend, KVCache.__init__
+    model = PersimmonForCausalLM(replace(CONFIG, num_attention_heads=6, hidden_size=96)).half()
+
+    def scale_later_heads(cache, layer, *others):
+        y = attend(cache, layer, *others)
+        y[:, 3:] *= 0.9 if cache.length > 9 and layer % 2 else 1
+        return y
+
     for name, edit in (
             ("attend", lambda cache, layer, q, *others: attend(
-                cache, layer, q.clamp(-9, 9) if layer % 2 and q.shape[2] == 1 else q, *others)),
+                cache, layer, q.clamp(-9, 9) if layer == 3 and q.shape[2] == 1 else q, *others)),
             ("attend", lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1)),
+            ("attend", scale_later_heads),
+            ("attend", lambda cache, layer, q, *others: attend(cache, layer, q * (2 - (q.shape[2] < 16)), *others)),
+            ("__init__", lambda cache, *others: (init(cache, *others), setattr(cache, "sink", 0))[0]),
             ("__init__", lambda cache, config, *others: init(
                 cache, replace(config, num_attention_heads=2, hidden_size=2 * config.head_dim), *others))):
         engine = CpuEngine(model)
-        with monkeypatch.context() as patch, pytest.warns(match="slower: (it does|The exp)") as said:
+        with monkeypatch.context() as patch, pytest.warns(match="slower: (it does|The exp|this file's)") as said:
             patch.setattr(KVCache, name, edit)
             assert {type(engine.make_cache(2, N)) for N in (1402, 1500, 1366)} == {KVCache} and len(said) == 1
+
+
+def test_engines_keep_a_cache_of_your_own(small, monkeypatch):
+    class OwnCache(KVCache):
+        pass
+
+    without_gpu(monkeypatch)
+    monkeypatch.setattr(Engine, "make_cache", lambda self, *size: new_cache(self.model.config, *size[:2], OwnCache))
+    assert {type(kind(small.half()).make_cache(1, 2000)) for kind in (CpuEngine, CudaEngine)} == {OwnCache}
 
 
 def test_cpu_engine_uses_the_operators(reads, small):
@@ -1723,6 +1767,7 @@ def test_quantize_model_refuses():
     for part, arguments, message in (
             (model, ["int3"], "quantize = 'int3' is neither int8 nor int4"),
             (model, ["int4", 16], "group_size = 16 is none of 32, 64 and 128"),
+            (model, ["int4", 128.0], "group_size = 128.0 is none of 32, 64 and 128"),
             (model, ["int4", 32], "model.layers.0.*: a matrix of 48 inputs can't be quantized in groups of 32"),
             (lm, ["int8"], "lm_head: weights that are not finite can't be quantized"),
             *((part, ["int4"], "the model is quantized already, in int8") for part in (done, done.model))):
@@ -2363,7 +2408,7 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
         \"\"\"Store a"""),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
         ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, scale=3.0)")),
-    "a scale that the cache is given": ("", ("self.length = 0\n", "self.length, self.scale = 0, 1.0\n"),
+    "a scale that the cache is given": ("cpu", ("self.length = 0\n", "self.length, self.scale = 0, 1.0\n"),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * self.scale, k, v, mask)\n\n    def"),
         ("            input_pos, S = cache.positions(B, T)\n        if att",
          "            (input_pos, S), cache.scale = cache.positions(B, T), 3.0\n        if att")),
@@ -2706,6 +2751,8 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     free = run("-n", 80, "--stop", "")[1].removesuffix("\n")
     for stop, other in ((free[40:43], "not there"), (free[60:75], free[62:75]), (free[-9:-5], free[-3:])):
         assert run("-n", 80, "--stop", other, "--stop", stop)[1] == free[: free.index(stop, 7)] + "\n"
+    assert cli("--seed", 2**63 - 1, "--num-samples", 17, "-n", 1)[0] == 0  # the next row of texts begins at seed 15
+    assert cli("-m", shutil.copytree(TINY, tmp_path / "tiny.pt"), *GREEDY, 1)[0] == 0
     monkeypatch.setattr(torch, "set_num_threads", Mock())
     assert cli(*GREEDY, 1)[0] == cli(*GREEDY, 1, "-t", 2)[0] == 0 and torch.set_num_threads.mock_calls == [((2,),)]
     lines = b'\xef\xbb\xbf"JULIET:\\n"\r\n \r\nTo be\r\n{"no": "prompt"}\r\n[1]\n'
@@ -2805,12 +2852,14 @@ def test_as_programs(tmp_path):
             ("sample.py", tmp_path, -signal.SIGINT, ""), ("convert.py a b", tmp_path, 130, ""),
             ("sample.py --help", tmp_path, 0, ""), ("-I -S convert.py --help", "", 0, ""),
             ("sample.py --what", tmp_path, 2, "sample.py: error: .* --what: .*\n"),
+            ("sample.py --chat -n1 -q --device cpu <<< $'\\xff'", "", 0, r"\(the text is not valid Unicode\)\n"),
             ("sample.py >&-", tmp_path, 2, "sample.py: error: .* is closed\n"), ('-c "$1" <&- 2>&-', "", 0, ""),
             ("sample.py -n 900 --ignore-eos --device cpu | head -c 30", "", 128 + signal.SIGPIPE, ""),
             ("-I -S convert.py a b", "", 2, "convert.py: error: torch is not installed: .*\n"),
             ("-I -S convert.py a", "", 2, "convert.py: error: .*OUTPUT.*\n")):
         command = ["bash", "-o", "pipefail", "-c", f'exec "$0" {words}', sys.executable, code]
-        result = subprocess.run(command, cwd=HERE, capture_output=True, env={**os.environ, "PYTHONPATH": str(path)})
+        env = {**os.environ, "PYTHONPATH": str(path), "RANK": "7", "PYTHONIOENCODING": "ascii"}  # RANK: a scheduler's
+        result = subprocess.run(command, cwd=HERE, capture_output=True, env=env)
         assert result.returncode == status and re.fullmatch(error, result.stderr.decode()), words
         if words == "sample.py --help":  # it is short and tells the defaults
             lines = result.stdout.decode().split("\n")
@@ -3037,6 +3086,8 @@ def test_convert_reads_args_and_tensors(tmp_path, make, weights, refused, monkey
     small = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), weights["lm_head.weight"][:100].clone())
     refused("the tokenizer of .* has more pieces than the 100", make.tar({"padded_vocab_size": 100}, small), out)
     refused("has 2 files model_optim_rng.pt", make.tar(members={"iter_1/model_optim_rng.pt": b""}), out)
+    refused("has 2 files adept_vocab.model", both := make.tar(members={"x/adept_vocab.model": b""}), out)
+    assert converted(both, out, "--tokenizer", make.hub() / "tokenizer.model", "--dry-run") == 0
     for name in [name for name in weights if re.search("[qk]_layernorm", name)]:
         monkeypatch.delitem(weights, name)
     absent = dict.fromkeys(("hidden_dropout", "attention_dropout", "init_method_std"), "absent")
@@ -3059,6 +3110,7 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         ("good.tar", release, "the MD5 of Adept's", "--verify"), ("hub/x", b"", "hub is not Adept's .tar", "--verify"),
         (index, b"{}", "hub"), (index, b'{"weight_map": {"a": 1}}', "hub"), (index, b"{nope", "hub"),
         (index, b'{"weight_map": {"a": "pytorch_model.bin", "x": "gone.bin"}}', "hub"),
+        (f"hub/{TOKENIZER}", b"{nope", f"hub/{TOKENIZER} is not valid JSON", "--dry-run"),
         (index, b"{}" + 2**24 * b" ", f"{index} has a header or record that is too"),
         ("hub/pytorch_model.bin", LFS, "/pytorch_model.bin is a pointer of Git LFS"),
         ("hub/config.json", b'{"architectures": 5}', "hub is damaged"),
