@@ -2321,7 +2321,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2465), ("sample.py", 399), ("convert.py", 464)):
+    for name, limit in (("persimmon.py", 2470), ("sample.py", 402), ("convert.py", 466)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
