@@ -479,9 +479,9 @@ ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselv
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The device's engine; the plain one in training, under autocast, or if not model.fast."""
-    device = model.device.type
-    is_fast = device in ENGINES and model.fast and not model.training
+    """The device's engine; the plain one in training, compiled, under autocast, or if not fast."""
+    device, is_compiled = model.device.type, model._compiled_call_impl is not None
+    is_fast = device in ENGINES and model.fast and not model.training and not is_compiled
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
     if type(model.engine) is not kind:
         model.engine = kind(model)
@@ -1115,14 +1115,15 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 # and by `parallelize` the attention and MLP of the first two blocks.
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 
-def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of this very class, in eval mode, with plain parameters, without hooks."""
-    is_own = isinstance(vars(module).get("forward"), (PassForward, type(None)))
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or not is_own
-    is_plain = all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
-    return type(module) is kind and is_plain and not is_hooked and not module.training
+def is_unmodified(module: Any, *kinds: type) -> bool:
+    """Whether it is of one of these very classes, in eval mode, with plain parameters, unhooked."""
+    return (type(module) in kinds and not module.training
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            and isinstance(vars(module).get("forward"), (PassForward, type(None)))
+            and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None))
 
 
 class PassForward(partial):
@@ -1184,10 +1185,11 @@ def cpu_has(feature: str) -> bool:
 
 
 def is_faster_in_float32(x: Tensor) -> bool:
-    """Whether x (rows, C) is multiplied faster in float32: 16 rows or more in 16 bit on an x86 CPU
-    without AVX512-BF16, like Intel's in laptops and AMD's before Zen 4."""
-    lacks_bf16 = cpu_has("avx2") and not cpu_has("avx512_bf16")
-    return x.is_cpu and len(x) >= 16 and x.itemsize == 2 and lacks_bf16
+    """Whether x (rows, C) is multiplied faster in float32: 16 rows or more on an x86 CPU without
+    AVX512-BF16, like Intel's in laptops and AMD's before Zen 4, or, in float16, without AMX."""
+    feature = "avx512_bf16" if x.dtype == torch.bfloat16 else "amx_tile"
+    is_slow = cpu_has("avx2") and not cpu_has(feature)
+    return x.is_cpu and len(x) >= 16 and x.itemsize == 2 and is_slow
 
 
 def available_memory(device: torch.device) -> float:
@@ -1265,8 +1267,8 @@ class TableEngine(Engine):
 #   AVX512-BF16 but no AMX  dot_products, for one row. (F.linear: a half; W @ x: a third)
 #   AVX2 alone, bfloat16    torch.mv, for one row. (F.linear: 0.55 with AVX-512, else 0.95)
 #
-# With AVX2 alone, products in 16 bit are also slow for many rows: a prompt of hundreds of tokens
-# takes a third of the time with W in float32, block by block.
+# With AVX2 alone, products in 16 bit are also slow for many rows (and without AMX in float16): a
+# prompt of hundreds of tokens takes a third of the time with W in float32, block by block.
 #
 # dot_products is a gradient of embedding_bag, which recommender systems use: it sums some rows of a
 # table, each times a factor. We also use the sum itself: where most inputs are zero, and without
@@ -1295,26 +1297,26 @@ def float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
     """linear(x), x (..., C) -> (..., O); for few rows, by an operator faster than F.linear. With
     a table, it reads only the weights of inputs that are not zero."""
-    W, has_amx, has_bf16 = linear.weight, cpu_has("amx_tile"), cpu_has("avx512_bf16")
-    rows = x.reshape(-1, linear.in_features)  # (rows, C)
-    fits = x.dtype == W.dtype and W.is_contiguous() and not torch.is_grad_enabled()
-    bags = nonzero_bags(rows, 16, 1.5) if fits and table is not None else None
-    if bags is not None:  # with more rows or nonzeros, the others are as fast
+    W, bias, rows = linear.weight, linear.bias, x.reshape(-1, linear.in_features)  # (rows, C)
+    if x.dtype != W.dtype or not W.is_contiguous() or torch.is_grad_enabled():
+        return nn.functional.linear(x, W, bias)
+    is_one, is_bf16, has_amx = len(rows) == 1, x.dtype == torch.bfloat16, cpu_has("amx_tile")
+    if table is not None and (bags := nonzero_bags(rows, 16, 1.5)):  # beyond, others are as fast
         column, value, start = bags
         y = nn.functional.embedding_bag(column, table.rows, start.flatten(), mode="sum",
                                         per_sample_weights=value)
         y = y.view(*start.shape, len(W)).sum(1, dtype=torch.float32)  # (rows, O)
-    elif fits and len(rows) == 1 and x.dtype != torch.float16 and has_bf16 and not has_amx:
+    elif is_one and x.dtype != torch.float16 and cpu_has("avx512_bf16") and not has_amx:
         y = dot_products(W, rows[0])
-    elif fits and len(rows) == 1 and x.dtype == torch.bfloat16 and cpu_has("avx2"):
+    elif is_one and is_bf16 and cpu_has("avx2"):
         y = torch.mv(W, rows[0])
-    elif fits and len(rows) <= 32 and x.dtype == torch.bfloat16 and has_amx:
+    elif len(rows) <= 32 and is_bf16 and has_amx:
         y = (W @ rows.t()).t().contiguous()
-    elif fits and is_faster_in_float32(rows):
-        return float32_linear(linear, rows).view(*x.shape[:-1], len(W))
+    elif is_faster_in_float32(rows):
+        y, bias = float32_linear(linear, rows), None
     else:
-        return nn.functional.linear(x, W, linear.bias)
-    y = y if linear.bias is None else y + linear.bias
+        return nn.functional.linear(x, W, bias)
+    y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], len(W))
 
 
@@ -1338,11 +1340,11 @@ class TransposedKVCache(KVCache):
         q's dtype. The output is the sum over s of p[s] times the row v[s]. With arguments or
         attributes of your own, KVCache attends."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
-        has_one_mask = mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool)
         P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
-        if not (has_one_mask and N % P == 0 and q.shape == k.shape == v.shape == (B, H, T, D)
-                and self.functions == (attention, KVCache.attend)
-                and len(vars(self)) == 4 and not (others or options)):
+        is_known = self.functions == (attention, KVCache.attend) and len(vars(self)) == 4
+        fits = N % P == 0 and q.shape == k.shape == v.shape == (B, H, T, D) and (
+            mask is None or (mask.shape[1:], mask.dtype) == ((1, T, S), torch.bool))
+        if not (is_known and fits) or others or options:
             return super().attend(layer, q, k, v, mask, *others, **options)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, N, D)
         keys[:, :, self.length : S], values[:, :, self.length : S] = k, v
@@ -1353,7 +1355,7 @@ class TransposedKVCache(KVCache):
         table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
         arange = partial(torch.arange, dtype=torch.int32, device=q.device)  # faster than int64
         row = arange(B * H * D).view(B * H, 1, D) * (N // P) + arange(blocks)[:, None]
-        factor = q.view(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
+        factor = q.reshape(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
         score = nn.functional.embedding_bag(row.view(-1, D), table, mode="sum",
                                             per_sample_weights=factor.reshape(-1, D))
         score = score.view(B, H, blocks * P)[:, :, :S].float() * D**-0.5  # (B, H, S)
@@ -1361,7 +1363,7 @@ class TransposedKVCache(KVCache):
             score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
         p = score.softmax(-1).to(q.dtype).view(B * H, S)  # (B*H, S)
         row = arange(B * H)[:, None] * N + arange(S)  # (B*H, S)
-        y = nn.functional.embedding_bag(row, values.view(-1, D), mode="sum", per_sample_weights=p)
+        y = nn.functional.embedding_bag(row, values.flatten(0, 2), mode="sum", per_sample_weights=p)
         return y.view(B, H, 1, D)
 
 
@@ -1388,8 +1390,9 @@ class CpuEngine(TableEngine):
         """Whether TransposedKVCache attends as KVCache does: to N positions, of two heads in all
         layers, and to 256, of all heads in two layers, where a whole prompt attends too."""
         own, L = self.model.config, self.model.config.num_hidden_layers
-        random = torch.Generator().manual_seed(0)
+        random, wide = torch.Generator().manual_seed(0), torch.float32
 
+        @lru_cache
         def attend(qkv: Tensor, layers: int, kind: type[KVCache], dtype: torch.dtype,
                    scale: float) -> Tensor:
             _, H, S, D = qkv.shape
@@ -1413,15 +1416,12 @@ class CpuEngine(TableEngine):
         try:
             for H, S, layers in (2, N, L), (own.num_attention_heads, min(N, 256), min(L, 2)):
                 qkv = torch.randn(3, H, S, own.head_dim, generator=random).to(dtype)
-                fast, plain, exact = (attend(qkv, layers, *way, 1) for way in (
-                    (TransposedKVCache, dtype), (KVCache, dtype), (KVCache, torch.float32)))
-                pairs = [(fast, plain, exact)]
-                for scale in (1, 16):  # large scores show a clamp, which rounding in 16 bit hides
-                    fast, exact = (attend(qkv, layers, kind, torch.float32, scale)
-                                   for kind in (TransposedKVCache, KVCache))
-                    pairs.append((fast, exact, exact))
-                if not all(is_as_exact(*each) for each in pairs):
-                    raise ValueError("it does not attend like this file's KVCache")
+                # Large scores show a clamp, but not in 16 bit, whose rounding hides it.
+                for t, scale in (dtype, 1), (wide, 1), (wide, 16):
+                    fast, plain, exact = (attend(qkv, layers, *way, scale) for way in (
+                        (TransposedKVCache, t), (KVCache, t), (KVCache, wide)))
+                    if not is_as_exact(fast, plain, exact):
+                        raise ValueError("it does not attend like this file's KVCache")
         except Exception as error:  # Part I was edited
             warnings.warn(f"TransposedKVCache is not used, and long caches are slower: {error}")
             return False
@@ -1437,7 +1437,8 @@ class CpuEngine(TableEngine):
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine; first makes the tables, and forgets those of weights that have changed."""
         self.forget_tables(self.linears)
-        self.prepare()
+        if len(ids) <= 16:  # as in cpu_linear
+            self.prepare()
         return self.next_logits(ids, mask, cache)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
@@ -1505,13 +1506,13 @@ class QuantizedLinear(nn.Module):
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
             has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
-        is_slow = has_kernel and is_faster_in_float32(rows)  # then the int8 kernel wins for longer
-        if has_kernel and 0 < len(rows) <= (64 if is_slow else self.max_rows):
+        in_float32 = has_kernel and is_faster_in_float32(rows)  # int8's kernel wins for longer
+        if has_kernel and 0 < len(rows) <= (64 if in_float32 else self.max_rows):
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
             y = self.small_batch_matmul(rows)
         if y is None:
-            y = self.dequant_matmul(rows.float() if is_slow else rows)
+            y = self.dequant_matmul(rows.float() if in_float32 else rows)
         y = y if self.bias is None else y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
@@ -1524,9 +1525,10 @@ class QuantizedLinear(nn.Module):
 
     def packed_copy(self, key: Any, stored: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """make(), a copy of a stored tensor for kernels: private, and made when first used."""
-        if key not in self.packed or self.packed[key].weight is not stored:
-            self.packed[key] = Table(make(), stored, *fingerprints([stored]))
-        return self.packed[key].rows
+        copy, version = self.packed.get(key), None if stored.is_inference() else stored._version
+        if copy is None or copy.weight is not stored or copy.fingerprint[2] != version:
+            copy = self.packed[key] = Table(make(), stored, *fingerprints([stored]))
+        return copy.rows
 
     def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
         return {**self.__dict__, "packed": {}}
@@ -1534,10 +1536,6 @@ class QuantizedLinear(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> QuantizedLinear:  # what .to(device) calls
         self.packed = {}
         return super()._apply(*args, **options)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.packed = {}
-        super()._load_from_state_dict(*args)
 
 
 def private_operator(operators: Any, name: str) -> Callable[..., Tensor] | None:
@@ -1725,18 +1723,17 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
         raise ValueError(f"quantize = {kind!r} is neither int8 nor int4")
     if type(group_size) is not int or group_size not in (32, 64, 128):
         raise ValueError(f"group_size = {group_size} is none of 32, 64 and 128")
-    linears = [(path, parent, child, m.weight.nbytes) for path, parent in model.named_modules()
-               for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
-    done, total = 0, sum(size for *_, size in linears)
-    progress = progress or (lambda fraction: None)
-    for path, parent, child, size in linears:
-        is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
+    sizes = {path: m.weight.nbytes for path, m in model.named_modules(remove_duplicate=False)
+             if type(m) is nn.Linear and path.split(".")[-1] != "score"}
+    done, total, progress = 0, sum(sizes.values()), progress or (lambda fraction: None)
+    for path, size in sizes.items():
+        is_sparse = path.endswith("mlp.dense_4h_to_h")
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
         try:
-            setattr(parent, child, cls(getattr(parent, child), group_size,
-                                       lambda part: progress((done + part * size) / total)))
+            model.set_submodule(path, cls(model.get_submodule(path), group_size, lambda part:
+                                          progress((done + part * size) / total)))
         except ValueError as error:
-            raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
+            raise ValueError(f"{path}: {error}") from None
         done += size
     for part in model.modules():
         if isinstance(part, PersimmonPreTrainedModel):  # after parallelize, each has its own config
@@ -1760,7 +1757,6 @@ QUANTIZERS["int8"] = QUANTIZERS["int4"] = quantize_model
 #   codes_kernel      what linear_kernel does, for one row and a matrix in int8 or int4
 
 import copy
-from functools import lru_cache
 
 
 @lru_cache
@@ -2027,7 +2023,7 @@ class StaticCache(KVCache):
         self.is_capturing, self.graph, self.graph_key = False, None, None
         # Measured: four programs per SM are enough; combining more than 8 splits costs too much.
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.splits = next(n for n in (8, 4, 2, 1) if n == 1 or n * heads <= 4 * sms)
+        self.splits = next((n for n in (8, 4, 2) if n * heads <= 4 * sms), 1)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -2056,12 +2052,12 @@ def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask
     keys, values, S = cache.keys[attn.layer], cache.values[attn.layer], cache.length + T
     norms = [attn.q_layernorm, attn.k_layernorm]
     weights = [p for norm in norms for p in norm.parameters()] or [None] * 4
-    if not (qkv.shape == (rows, T, 3 * H * D) and (attn.num_heads, attn.head_dim) == (H, D)
-            and D in (16, 32, 64, 128) and qkv.dtype == keys.dtype and S <= N and len(weights) == 4
-            and cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]) and len(cos) in (1, B)
-            and (mask is None or T > 1 or mask.dtype == torch.bool)
-            and all(p is None or p.shape == (D,) for p in weights) and len(cache.arrived) >= B * H
-            and keys.is_contiguous() and values.is_contiguous()):
+    if not all((qkv.shape == (rows, T, 3 * H * D), (attn.num_heads, attn.head_dim) == (H, D),
+                S <= N, D in (16, 32, 64, 128), qkv.dtype == keys.dtype, len(weights) == 4,
+                len(cache.arrived) >= B * H, keys.is_contiguous(), values.is_contiguous(),
+                cos.shape == sin.shape == (len(cos), T, 1, cos.shape[3]), len(cos) in (1, B),
+                *(p is None or p.shape == (D,) for p in weights),
+                mask is None or T > 1 or mask.dtype == torch.bool)):
         raise ValueError("shapes or dtypes are not those of the kernel")
     splits, width = (cache.splits if T == 1 else 0), (N if cache.is_capturing else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
@@ -2104,10 +2100,9 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
         y = y.relu().square() if square else y
         return y if residual is None else y + residual
     # The fastest on an H200 of those within 64 KiB of shared memory (int4, g < 128: 85 KiB).
-    rows, size, num_warps = 16, 1024, 2
-    if codes or O >= 8192:
-        is_wide = O >= 8192 and linear.weight.itemsize == 1
-        rows, size, num_warps = (64, 512, 4) if is_wide else (32, 512, 2)
+    rows, size, num_warps = (
+        (64, 512, 4) if O >= 8192 and linear.weight.itemsize == 1
+        else (32, 512, 2) if O >= 8192 or codes else (16, 1024, 2))
     y, rows = x.new_empty(B, 1, O), min(rows, O & -O)
     around = linear.bias, *((norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0))
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
@@ -2167,7 +2162,7 @@ def snapshot(modules: list[nn.Module]) -> list[Any]:
         *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
         repr(vars(m).get("config")),
         *[p is None or p.is_inference() or p._version for p in m._parameters.values()],
-        *[(type(p), p is None or p.data_ptr())
+        *[p is None or (type(p), p.data_ptr(), p.stride())
           for p in (*m._parameters.values(), *m._buffers.values())]) for m in modules]
 
 
@@ -2207,14 +2202,13 @@ class CudaEngine(TableEngine):
         if way == "block":
             kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
             found = {block: PassForward(fused_block, block, self.tables) for block in blocks}
-            if type(head) in kinds and is_unmodified(head, type(head)):
+            if is_unmodified(head, *kinds):
                 found[head] = PassForward(fused_linear, head)
         else:
             norms = ("q_layernorm", "k_layernorm")
             modules = layers + [getattr(layer, name, None) for layer in layers for name in norms]
             found = {layer: PassForward(fused_attention, layer) for layer in layers}
-        is_known &= all(type(m) in kinds and is_unmodified(m, type(m)) for m in modules)
-        return found if is_known else {}
+        return found if is_known and all(is_unmodified(m, *kinds) for m in modules) else {}
 
     def proven_forwards(self, T: int, mask: Tensor | None, cache: KVCache) -> dict:
         """The fast forwards for a pass over T positions; {} for a plain pass."""
@@ -2250,13 +2244,13 @@ class CudaEngine(TableEngine):
         at its start, as few positions show what many hide, like one more term in the softmax, and a
         small x what rounding hides. A step, T = 1, has the mask of a captured pass, whose S is N.
         """
-        config, (L, B, _, N, _) = self.model.config, cache.keys.shape
+        config, (L, B, _, N, _) = replace(self.model.config, num_hidden_layers=1), cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
-        caches = [kind(replace(config, num_hidden_layers=1), B, N, dtype, device) for kind, dtype in
-                  ((StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
+        static, normal, wide = caches = [kind(config, B, N, t, device) for kind, t in (
+            (StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
         for name in ("keys", "values"):
-            content = getattr(caches[0], name).normal_(generator=random).clone()
+            content = getattr(static, name).normal_(generator=random).clone()
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
         noise = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
@@ -2265,21 +2259,20 @@ class CudaEngine(TableEngine):
         last = max(0, N - T - 1)  # where S is not N in any other pass
         try:
             for length, scale in (last, 1), (min(last, 3), 0.02):
-                x, caches[0].is_capturing = scale * noise, False
+                x, static.is_capturing = scale * noise, False
                 for one in caches:
                     one.crop(length)
-                input_pos, S = caches[1].positions(B, T)
-                caches[0].is_capturing = T == 1
+                input_pos, S = normal.positions(B, T)
+                static.is_capturing = T == 1
                 fast_mask, mask = (causal_mask(input_pos, s, padding[:, :s] if has_mask else None)
                                    for s in (N if T == 1 else S, S))
                 rope, exact_rope = (rope_tables(input_pos[None], config, t)
                                     for t in (dtype, torch.float32))
                 for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
-                    own = {m: forwards[m] for m in block.modules() if m in forwards}
-                    with replaced_forward(own):
-                        fast = block(x, rope, fast_mask, caches[0]) - x
-                    plain, wide = block(x, rope, mask, caches[1]) - x, copy.deepcopy(block).float()
-                    exact = wide(x.float(), exact_rope, mask, caches[2]) - x.float()
+                    with replaced_forward(forwards):
+                        fast = block(x, rope, fast_mask, static) - x
+                    plain, block32 = block(x, rope, mask, normal) - x, copy.deepcopy(block).float()
+                    exact = block32(x.float(), exact_rope, mask, wide) - x.float()
                     if not is_as_exact(fast, plain, exact):
                         raise ValueError(f"block {n} computes something else")
         except Exception as error:  # also: other shapes in an edited block, no C compiler
@@ -2322,11 +2315,13 @@ class CudaEngine(TableEngine):
                            forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
         """Capture next_logits(ids) as a CUDA graph. Returns it, and what it reads and writes: ids
         (B, 1), to be overwritten before a replay; logits (B, V); the mask as given, and (B, N)."""
-        ids, given = ids.clone(), mask
-        self.stream = stream = self.stream or torch.cuda.Stream(ids.device)
+        own_ids, wide_mask = ids.clone(), mask
+        if self.stream is None or self.stream.device != ids.device:
+            self.stream = torch.cuda.Stream(ids.device)
+        stream = self.stream
         if mask is not None:
-            mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
-        step = partial(self.next_logits, ids, mask, cache)
+            wide_mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
+        step = partial(self.next_logits, own_ids, wide_mask, cache)
         cache.is_capturing = True
         try:
             with torch.cuda.device(ids.device), replaced_forward(forwards):
@@ -2339,7 +2334,7 @@ class CudaEngine(TableEngine):
                     logits = step()
         finally:
             cache.is_capturing = False
-        return graph, ids, logits, given, mask  # the mask only to keep its memory
+        return graph, own_ids, logits, mask, wide_mask  # the last only to keep its memory
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """As in Engine, one step late: the GPU computes a step while Python handles the one before.
@@ -2453,8 +2448,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
-    model.lm_head, model.sample = (nn.Sequential(model.lm_head),
-                                   partial(sample_together, model.sample))
+    model.sample = partial(sample_together, model.sample)
+    model.lm_head = nn.Sequential(model.lm_head)
     model.lm_head.register_forward_hook(gathered)  # engines leave a Linear with hooks as it is
     model.config = replace(config, num_attention_heads=config.num_attention_heads // n,
                            hidden_size=config.hidden_size // n)  # for the cache

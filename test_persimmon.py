@@ -754,13 +754,15 @@ def test_sample_ties_and_limits():
 
 
 def test_engines(small, monkeypatch):
-    """One stays with the model; none of Part III in training, under autocast, with fast = False."""
+    """One stays with the model; none of Part III in training, compiled, under autocast, with fast = False."""
     monkeypatch.setitem(persimmon.ENGINES, "cpu", CudaEngine)
     engine = engine_for(small)
     assert type(engine) is CudaEngine and engine_for(small) is engine and engine.model is small
     with torch.autocast("cpu", torch.bfloat16):
         assert type(engine_for(small)) is Engine
     assert type(engine_for(small.train())) is Engine and type(engine_for(small.eval())) is CudaEngine
+    (compiled := copy.deepcopy(small)).compile()
+    assert type(engine_for(compiled)) is Engine
     assert small.train().engine is None  # it has copies of weights, and a fused optimizer raises no _version
     engine, small.fast = weakref.ref(engine_for(small.eval())), False
     assert type(engine_for(small)) is Engine and engine() is None
@@ -1386,7 +1388,7 @@ def test_the_published_answer_of_the_real_chat_model():
 
 # === Part III. Faster ================================================================================================
 def test_what_engines_ask():
-    layer, is_plain = torch.nn.Linear(2, 2).eval(), partial(is_unmodified, kind=torch.nn.Linear)
+    layer, is_plain = torch.nn.Linear(2, 2).eval(), lambda m: is_unmodified(m, torch.nn.Linear)
     with pytest.raises(KeyboardInterrupt), replaced_forward({layer: lambda x: x + 1}):
         assert layer(3) == 4 and not is_plain(layer)
         raise KeyboardInterrupt
@@ -1428,7 +1430,7 @@ def test_cpu_linear(monkeypatch, reads, processor, dtype, tolerance):
     one, few, more, many = {
         ("AMX", torch.bfloat16): ("mv", "mm", "mm", "linear"), ("Zen 4", torch.float32): ("dots", *["linear"] * 3),
         ("Zen 4", torch.bfloat16): ("dots", *["linear"] * 3),
-        ("laptop", torch.float16): ("linear", "linear", "blocks", "blocks"),
+        **dict.fromkeys([("Zen 4", torch.float16), ("laptop", torch.float16)], ("linear",) * 2 + ("blocks",) * 2),
         ("laptop", torch.bfloat16): ("mv", "linear", "blocks", "blocks")}.get((processor, dtype), ["linear"] * 4)
     for bias, (operator, *shape) in itertools.product((True, False), (
             (one, 1, 1, 24), (one, 24), (few, 0, 24), (few, 2, 1, 24), (few, 1, 15, 24), (more, 1, 16, 24),
@@ -1475,7 +1477,7 @@ def test_transposed_kv_cache(reads, N, S, T):
     for mask in (causal[None, None] if 1 < T < S else None, torch.randn(1, 1, T, S),  # added to the scores
                  *((torch.rand(2, heads, T, S) < 0.5) & causal | itself for heads in (1, 3))):
         cache, (k, v) = new_cache(CONFIG, 2, N, TransposedKVCache), torch.randn(2, 2, 3, S, 16)
-        keys, values, q = cache.keys[1], cache.values[1], torch.randn(2, 3, T, 16)
+        keys, values, q = cache.keys[1], cache.values[1], torch.randn(3, 2, T, 16).transpose(0, 1)
         assert keys.shape == values.shape == (2, 3, {20: 24}.get(N, N), 16)  # blocks of 8; a shorter cache is one
         keys[:, :, : S - T], values[:, :, : S - T] = k[:, :, :-T], v[:, :, :-T]
         cache.crop(S - T)
@@ -1485,9 +1487,11 @@ def test_transposed_kv_cache(reads, N, S, T):
         assert reads == ({"KVCache": 1} if is_plain else {"sums": 2} if T == 1 else {})
         assert torch.equal(keys[:, :, :S], k) and torch.equal(values[:, :, :S], v)
         assert keys.mT.is_contiguous() and keys[:, :, S:].isnan().all() and cache.keys[[0, 2, 3]].isnan().all()
-        cache.keys, cache.values = (torch.cat((x, x[..., :3, :]), 3) for x in (cache.keys, cache.values))
-        cache.crop(S - T)  # with more room, which is no longer a number of blocks
-        assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
+        for n in (0, 3):  # as a part of wider ones; with more room, which is no longer a number of blocks
+            wide = [torch.cat((x, x[..., :n, :], x), 3) for x in (cache.keys, cache.values)]
+            cache.keys, cache.values = (x[..., : cache.keys.shape[3] + n, :] for x in wide)
+            cache.crop(S - T)
+            assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -1674,8 +1678,13 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
         layer.load_state_dict({**layer.state_dict(), "weight": weight}, assign=True)
         assert max(relative_error(layer, x[:, :C]), relative_error(layer, x.flatten()[1 : C + 1])) < 0.01
         assert bool(layer.packed) == (C == 48 and offset == 8) and layer.weight.data_ptr() == weight.data_ptr()
+    load = lambda scale, **how: layer.load_state_dict({**layer.state_dict(), "scale": scale}, **how)  # noqa: E731
+    for change in (lambda: load(torch.ones(64), assign=True), lambda: load(torch.ones(64) * 2, assign=True),
+                   lambda: layer.scale.neg_(), lambda: load(torch.zeros(64))):
+        layer.packed_copy("x", layer.scale, layer.scale.clone), change()
+        assert torch.equal(layer.packed_copy("x", layer.scale, layer.scale.clone), layer.scale)
     for change in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), torch.nn.Module.float,
-                   lambda layer: layer.load_state_dict(layer.state_dict()) and layer, lambda layer: layer.to("meta")):
+                   lambda layer: layer.to("meta")):
         layer.packed_copy("x", layer.scale, lambda: torch.zeros(1))
         assert layer.packed and list(layer.state_dict()) == ["bias", "weight", "scale"] and not change(layer).packed
 
@@ -2321,7 +2330,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2470), ("sample.py", 402), ("convert.py", 466)):
+    for name, limit in (("persimmon.py", 2465), ("sample.py", 402), ("convert.py", 466)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -2408,8 +2417,8 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
         \"\"\"Store a"""),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
         ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, scale=3.0)")),
-    "a scale that the cache is given": ("cpu", ("self.length = 0\n", "self.length, self.scale = 0, 1.0\n"),
-        ("return attention(q, k, v, mask)\n\n    def", "return attention(q * self.scale, k, v, mask)\n\n    def"),
+    "a scale that the cache is given": ("", ("return attention(q, k, v, mask)\n\n    def", """scale = getattr(self, "scale", 1)
+        return attention(q * scale, k, v, mask)\n\n    def"""),
         ("            input_pos, S = cache.positions(B, T)\n        if att",
          "            (input_pos, S), cache.scale = cache.positions(B, T), 3.0\n        if att")),
     "causal_mask of a window": (
@@ -2492,6 +2501,9 @@ def test_another_function_is_noticed(tmp_path, monkeypatch, kind):
             patch.setattr(place, name, partial(getattr(place, name)))
             assert module.snapshot([]) != state
     assert module.snapshot([]) == state
+    linear = torch.nn.Linear(3, 3)
+    state, linear.weight.data = module.snapshot([linear]), linear.weight.data.t()
+    assert module.snapshot([linear]) != state
     if kind == "on_cpu":
         old = module.KVCache.attend
         monkeypatch.setattr(module.KVCache, "attend", lambda cache, layer, q, *o: old(cache, layer, 3 * q, *o))
@@ -2647,6 +2659,8 @@ def test_tables(monkeypatch):
     model, fractions = wide_model(2), []
     ids, mlps = random_ids(model.config, 1, 9), [block.mlp for block in model.model.layers]
     first, second = downs = [mlp.dense_4h_to_h for mlp in mlps]
+    model.generate(ids.expand(17, 9), max_new_tokens=3)  # more texts than a table is used for
+    assert model.engine.tables == {}
     next(run := generate(model, ids, max_new_tokens=4))
     assert model.engine.tables == {} and model.engine.downs == downs
     assert {*model.engine.linears} == {*downs, *(mlp.dense_h_to_4h for mlp in mlps)}  # others are smaller than 4 MB
