@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. For a new one that may be 0: CONFIG_RANGES."""
+    """Keys of config.json; defaults are the 8B's. If a new key may be 0, see CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -117,9 +117,9 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
     The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
     included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, delete the line that returns None. A mask may also be
-    float, to be added, which is slower. Do not rely on S, as CUDA may pass S = N. (Distances are
-    row - column, and count padding.) Without padding, only the last of three cases needs a mask:
+    another pattern, like a sliding window, delete the `if` with `return None`. A mask may be
+    float, to be added, which is slower. Do not rely on S, as CUDA may pass S = N. (And row - column
+    counts padding too.) Without padding, only the last of three cases needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -139,8 +139,8 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
-    mask, a single position sees all S, and several are causal: then T = S."""
-    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile: no SymBool
+    mask, a single position sees all S; several attend causally, and T = S."""
+    is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile wants a bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
@@ -266,13 +266,13 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initialize all Linears, embeddings and LayerNorms: matrices normal, with standard
-        deviation initializer_range; biases 0; a norm's weight 1. Other parameters stay."""
+        """Initialize Linears and embeddings: matrices normal, with standard deviation
+        initializer_range, biases 0. Other modules, like norms, by their reset_parameters()."""
         for m in (self if part is None else part).modules():
-            if isinstance(m, nn.LayerNorm):
-                m.reset_parameters()
-            elif isinstance(m, (nn.Linear, nn.Embedding)) and not m.weight.is_meta:
-                nn.init.normal_(m.weight, std=self.config.initializer_range)  # on meta: takes 2 s
+            if not isinstance(m, (nn.Linear, nn.Embedding)):
+                getattr(m, "reset_parameters", lambda: None)()
+            elif not m.weight.is_meta:  # there it takes 2 s
+                nn.init.normal_(m.weight, std=self.config.initializer_range)
                 if getattr(m, "bias", None) is not None:
                     nn.init.zeros_(m.bias)
 
@@ -380,9 +380,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
             loss = nn.functional.cross_entropy(predicted, labels[:, 1:].flatten())
         return HeadOutput(loss, logits)
 
-    def sample(self, logits: Tensor, *options: Any) -> Tensor:
-        """How `generate` draws ids. Override it, or assign a function; copy logits to change."""
-        return sample(logits, *options)
+    def sample(self, *args: Any, **options: Any) -> Tensor:
+        """How `generate` draws ids. Override or assign it; do not change logits in place."""
+        return sample(*args, **options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  max_length: int | None = None, **options: Any) -> Tensor:
@@ -462,15 +462,15 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # `prefill` reads the prompt, `decode` one more token per row. Part III's engines have their
-    # own, which call next_logits: so edit that.
+    # `prefill` reads the prompt, `decode` one more token per row. Edit next_logits, which Part
+    # III's call too; a subclass has to override all three.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
-        """Each step's ids (B) and log-probabilities (B) as lists. CUDA's runs one step late."""
+        """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
         for tokens, logprobs in results:
             yield tokens.tolist(), logprobs.tolist()
 
@@ -479,7 +479,7 @@ ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselv
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The device's engine; the plain one in training, compiled, under autocast, or if not fast."""
+    """The device's engine; the plain one in training, under autocast, compiled, or if not fast."""
     device, is_compiled = model.device.type, model._compiled_call_impl is not None
     is_fast = device in ENGINES and model.fast and not model.training and not is_compiled
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
@@ -1533,6 +1533,10 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # what deepcopy and pickle call
         return {**self.__dict__, "packed": {}}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.packed = {}
+        super()._load_from_state_dict(*args)
+
     def _apply(self, *args: Any, **options: Any) -> QuantizedLinear:  # what .to(device) calls
         self.packed = {}
         return super()._apply(*args, **options)
@@ -1723,17 +1727,18 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
         raise ValueError(f"quantize = {kind!r} is neither int8 nor int4")
     if type(group_size) is not int or group_size not in (32, 64, 128):
         raise ValueError(f"group_size = {group_size} is none of 32, 64 and 128")
-    sizes = {path: m.weight.nbytes for path, m in model.named_modules(remove_duplicate=False)
-             if type(m) is nn.Linear and path.split(".")[-1] != "score"}
-    done, total, progress = 0, sum(sizes.values()), progress or (lambda fraction: None)
-    for path, size in sizes.items():
-        is_sparse = path.endswith("mlp.dense_4h_to_h")
+    linears = [(path, parent, child, m.weight.nbytes) for path, parent in model.named_modules()
+               for child, m in parent.named_children() if type(m) is nn.Linear and child != "score"]
+    done, total = 0, sum(size for *_, size in linears)
+    progress = progress or (lambda fraction: None)
+    for path, parent, child, size in linears:
+        is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
         try:
-            model.set_submodule(path, cls(model.get_submodule(path), group_size, lambda part:
-                                          progress((done + part * size) / total)))
+            setattr(parent, child, cls(getattr(parent, child), group_size,
+                                       lambda part: progress((done + part * size) / total)))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
         done += size
     for part in model.modules():
         if isinstance(part, PersimmonPreTrainedModel):  # after parallelize, each has its own config

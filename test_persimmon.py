@@ -564,9 +564,10 @@ def use_engine(monkeypatch, model: PersimmonForCausalLM, kind: str) -> None:
 # === Part I. The model ===============================================================================================
 @pytest.mark.parametrize("kind", HEADS)
 def test_init_weights(kind):
-    """Of a new model, and of one that had other weights; a parameter of one's own stays."""
+    """Of a new model, and of one that had other weights and norms; a parameter of one's own stays."""
     config = replace(CONFIG, initializer_range=0.05, num_labels=50)
     (other := randomize(kind(config))).gate = torch.nn.Parameter(torch.full((9,), 7.0))
+    other.own_norm = randomize(torch.nn.RMSNorm(8))
     other.init_weights()
     for model in (kind(config), other):
         for name, p in model.named_parameters():
@@ -714,9 +715,11 @@ def test_a_model_samples_in_its_own_way(small):
 
     own, ids = Own(small.config).eval(), random_ids(CONFIG)
     own.load_state_dict(small.state_dict())
-    small.sample = lambda logits, generators, temperature, top_k, top_p, min_p: logits.argmin(-1)
+    small.sample = lambda logits, *options: logits.argmin(-1)
     for model in (own, small):
         assert torch.equal(model.generate(ids, max_new_tokens=1)[:, -1], small(ids).logits[:, -1].argmin(-1))
+    logits, [one, other] = torch.randn(1, 97), [torch.Generator().manual_seed(3) for _ in range(2)]
+    assert PersimmonForCausalLM.sample(own, logits, [one], temperature=9.0, top_k=9) == sample(logits, [other], 9.0, 9)
 
 
 @pytest.mark.parametrize(("V", "spread", "options"), [
@@ -1518,8 +1521,8 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 
 def test_cpu_engine_proves_its_attention(monkeypatch):
-    """Where Part I attends in another way, here to one position with large scores in the last layer, to few positions, of a
-    later head to many, in a prompt, or to two heads of keys, or its cache has more to know, that cache is used."""
+    """Where Part I attends in another way (to one position with large scores in the last layer, to few positions, by a
+    later head to many, in a prompt, to two heads of keys), or its cache has more to know, that cache is used."""
     attend, init = KVCache.attend, KVCache.__init__
     model = PersimmonForCausalLM(replace(CONFIG, num_attention_heads=6, hidden_size=96)).half()
 
@@ -1684,7 +1687,7 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
         layer.packed_copy("x", layer.scale, layer.scale.clone), change()
         assert torch.equal(layer.packed_copy("x", layer.scale, layer.scale.clone), layer.scale)
     for change in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), torch.nn.Module.float,
-                   lambda layer: layer.to("meta")):
+                   lambda layer: layer.load_state_dict(layer.state_dict()) and layer, lambda layer: layer.to("meta")):
         layer.packed_copy("x", layer.scale, lambda: torch.zeros(1))
         assert layer.packed and list(layer.state_dict()) == ["bias", "weight", "scale"] and not change(layer).packed
 
@@ -1766,6 +1769,15 @@ def test_quantize_model(folders, tmp_path, kind, group_size):
     model.model.save_pretrained(tmp_path / "inner")  # a model in its own right
     for folder in (tmp_path, tmp_path / "inner"):
         assert torch.equal(PersimmonModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_shared_module_is_quantized_once(kind):
+    model, ids = randomize(PersimmonForCausalLM(CONFIGS["D64"])).eval(), random_ids(CONFIGS["D64"])
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    before = model(ids).logits
+    assert distance(quantize_model(model, kind, 32)(ids).logits, before) < (0.1 if kind == "int8" else 0.5)
 
 
 def test_quantize_model_refuses():
@@ -2330,7 +2342,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2465), ("sample.py", 402), ("convert.py", 466)):
+    for name, limit in (("persimmon.py", 2470), ("sample.py", 402), ("convert.py", 466)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -2417,7 +2429,8 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
         \"\"\"Store a"""),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
         ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, scale=3.0)")),
-    "a scale that the cache is given": ("", ("return attention(q, k, v, mask)\n\n    def", """scale = getattr(self, "scale", 1)
+    "a scale that the cache is given": ("", (
+            "return attention(q, k, v, mask)\n\n    def", """scale = getattr(self, "scale", 1)
         return attention(q * scale, k, v, mask)\n\n    def"""),
         ("            input_pos, S = cache.positions(B, T)\n        if att",
          "            (input_pos, S), cache.scale = cache.positions(B, T), 3.0\n        if att")),
