@@ -1495,6 +1495,9 @@ def test_transposed_kv_cache(reads, N, S, T):
             cache.keys, cache.values = (x[..., : cache.keys.shape[3] + n, :] for x in wide)
             cache.crop(S - T)
             assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
+    cache.keys, cache.values, cache.sink = cache.keys[..., :8, :], cache.values[..., :8, :], 0  # of one's own
+    cache.crop(7), reads.clear(), cache.attend(1, *(x[:, :, :1] for x in (q, q, q)), None)
+    assert reads == {"KVCache": 1}
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -2429,9 +2432,8 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
         \"\"\"Store a"""),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
         ("cache.attend(self.layer, q, k, v, mask)", "cache.attend(self.layer, q, k, v, mask, scale=3.0)")),
-    "a scale that the cache is given": ("", (
-            "return attention(q, k, v, mask)\n\n    def", """scale = getattr(self, "scale", 1)
-        return attention(q * scale, k, v, mask)\n\n    def"""),
+    "a scale that the cache is given": ("cpu", ("self.length = 0\n", "self.length, self.scale = 0, 1.0\n"),
+        ("return attention(q, k, v, mask)\n\n    def", "return attention(q * self.scale, k, v, mask)\n\n    def"),
         ("            input_pos, S = cache.positions(B, T)\n        if att",
          "            (input_pos, S), cache.scale = cache.positions(B, T), 3.0\n        if att")),
     "causal_mask of a window": (
