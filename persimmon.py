@@ -117,9 +117,9 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
     The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
     included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, delete the `if` with `return None`. A mask may be
-    float, to be added, which is slower. Do not rely on S, as CUDA may pass S = N. (And row - column
-    counts padding too.) Without padding, only the last of three cases needs a mask:
+    another pattern, like a sliding window, delete the `if` below and edit `mask`. It may also be
+    float: then it is added to the scores, which is slower. Do not use S there: CUDA may pass N. And
+    row - column counts padding. There are three cases; without padding, the last needs a mask:
         T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -462,12 +462,12 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # `prefill` reads the prompt, `decode` one more token per row. Edit next_logits, which Part
-    # III's call too; a subclass has to override all three.
+    # `prefill` reads the prompt, `decode` one more token per row. To change what they do, edit
+    # next_logits: Part III's engines call it. A subclass of yours has to override all three.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Do slow preparations now, and report progress; otherwise the first `decode` does them."""
+        """Do now, with progress, what is slow and the first `decode` would do otherwise."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
@@ -479,8 +479,8 @@ ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselv
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The device's engine; the plain one in training, under autocast, compiled, or if not fast."""
-    device, is_compiled = model.device.type, model._compiled_call_impl is not None
+    """The device's engine, or the plain one in training, under autocast, or if not model.fast."""
+    device, is_compiled = model.device.type, model._compiled_call_impl is not None  # by .compile()
     is_fast = device in ENGINES and model.fast and not model.training and not is_compiled
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
     if type(model.engine) is not kind:
