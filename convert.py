@@ -298,11 +298,9 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
              if (path / name).is_file() and not (files and name == "tokenizer.json")} | files
     weights: dict[str, Weight] = {}
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        for shard in sorted(set(persimmon.tensor_files(path).values())):
-            with reading(shard), persimmon.open_safetensors(shard) as opened:
-                found = {n: opened.get_tensor(n) for n in opened.keys() if not n.endswith(COMPUTED)}
-                weights |= {name: Weight(persimmon.as_dtype(tensor.dtype), tuple(tensor.shape),
-                                         tensor.detach) for name, tensor in found.items()}  # mapped
+        for name, tensor in persimmon.read_safetensors(path).items():
+            if not name.endswith(COMPUTED):
+                weights[name] = Weight(tensor.dtype, tuple(tensor.shape), tensor.detach)
         return weights, config, architecture, files
     index, names = path / "pytorch_model.bin.index.json", ["pytorch_model.bin"]
     if index.is_file():

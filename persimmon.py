@@ -735,32 +735,29 @@ def unreadable(file: Path, kind: str, reason: object) -> ValueError:
     return ValueError(f"{file} is cut off, damaged or no {kind}: {reason}")
 
 
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file, mapped into memory; ValueError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-    file.open("rb").close()  # PermissionError: safe_open would say that there is no such file
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise unreadable(file, "safetensors file", error) from None
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it: model.safetensors, or a shard listed in an index."""
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in model.safetensors, or in the shards that its index lists, by their names. They
+    are mapped into memory: pages are read when first used, and changes never reach the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index.is_file():
+    if not single.is_file() and not index.is_file():
         raise FileNotFoundError(f"{folder} holds no {single.name} or {index.name}: convert .bin "
                                 f"files with `python convert.py {folder} {folder}-safetensors`")
-    shards = read_json(index).get("weight_map")
+    shards = {"": single.name} if single.is_file() else read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
-    for name, shard in shards.items():
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{index} places {name} in {shard}, not a file of its folder")
-    return {name: folder / shard for name, shard in shards.items()}
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({*shards.values()}):
+        file = folder / shard
+        if file.parent != folder or not file.is_file():
+            raise FileNotFoundError(f"{index} lists {shard}, which is not a file of its folder")
+        file.open("rb").close()  # PermissionError: load_file would say that there is no such file
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise unreadable(file, "safetensors file", error) from None
+    return tensors
 
 
 def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.dtype,
@@ -768,11 +765,11 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
          quantize: str | None = None, group_size: int = 128,
          **changes: Any) -> PersimmonPreTrainedModel:
     """Implements from_pretrained. Raises FileNotFoundError for what is missing; ValueError, naming
-    file and tensor, for what is damaged or does not fit. A missing head is new, with a warning.
+    the file or tensor, for what is damaged or does not fit. A missing head is new, with a warning.
 
     dtype     "auto" is config.json's, else the file's own. On a CPU, weights in the file's dtype
               are mapped: pages are read when first used, and training never changes the file
-    progress  is called with the fraction that is done, in bytes
+    progress  is called with the fraction that is done
     quantize  "int8", or "int4" in groups of group_size inputs; a quantized folder stays as it is
     changes   replace values of config.json, as in num_labels=3"""
     if unknown := changes.keys() - CONFIG_TYPES.keys():
@@ -785,7 +782,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         raise ValueError(f"quantize = {min(unknown)!r} for {folder}: this copy of persimmon.py has "
                          f"{' and '.join(QUANTIZERS) or 'neither int8 nor int4'}")
     quantize = None if quantize == stored_kind else quantize
-    files = tensor_files(folder)
+    tensors = read_safetensors(folder)
     with torch.device("meta"):  # without memory: the tensors of the file become the weights
         model = cls(config)
         if stored_kind is not None:
@@ -798,11 +795,11 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     full_names = {name.removeprefix("model."): name for name in state}
     new = {name for name in full_names if name.startswith(heads)}
     is_own = cls.__name__ in str(read_json(folder / "config.json").get("architectures"))
-    if new and (is_own or new & files.keys() or (stored_kind and cls is PersimmonForCausalLM)):
+    if new and (is_own or new & tensors.keys() or (stored_kind and cls is PersimmonForCausalLM)):
         new, heads = set(), ()  # the head has to be there; a new one would not be quantized
-    stored = {name.removeprefix("model."): name for name in files if not name.startswith(heads)
-              and not name.endswith("rotary_emb.inv_freq")}  # which some older versions store
-    if any({name, f"model.{name}"} <= files.keys() for name in stored):
+    stored = {name.removeprefix("model."): tensor for name, tensor in tensors.items()
+              if not (name.startswith(heads) or name.endswith("inv_freq"))}  # in some old files
+    if any(f"model.{name}" in tensors for name in tensors):
         raise ValueError(f"{folder} has tensors twice, with and without `model.` in front")
     if missing := full_names.keys() - stored.keys() - new:
         raise ValueError(f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all)")
@@ -810,25 +807,20 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         raise ValueError(f"{folder} has the tensor {min(extra)}, which is not in a {cls.__name__} "
                          f"of this config.json ({len(extra)} unexpected in all)")
 
-    target = as_dtype(dtype) if dtype != "auto" else config.dtype and as_dtype(config.dtype)
-    opened = {file: open_safetensors(file) for file in set(files.values())}
-    done, total = 0, sum(state[full_names[bare]].nbytes for bare in stored)
-    for bare, name in stored.items():
-        empty, file = state[full_names[bare]], files[name]
-        if name not in opened[file].keys():
-            raise ValueError(f"{file} lacks the tensor {name}, which the index places there")
-        tensor = opened[file].get_tensor(name)  # mapped: nothing is read yet
-        is_float, what = empty.is_floating_point(), f"{file} has the tensor {name}"
+    if dtype == "auto":
+        dtype = config.dtype or next(t.dtype for t in stored.values() if t.is_floating_point())
+    target = as_dtype(dtype)
+    for count, (name, tensor) in enumerate(stored.items(), 1):
+        empty, what = state[full_names[name]], f"{folder} has the tensor {name}"
         if tensor.shape != empty.shape:
             raise ValueError(f"{what} in shape {tuple(tensor.shape)}: config.json makes it "
                              f"{tuple(empty.shape)}")
+        is_float = empty.is_floating_point()
         if tensor.dtype != empty.dtype and not (is_float and tensor.is_floating_point()):
             raise ValueError(f"{what} as {tensor.dtype}: config.json makes it {empty.dtype}")
-        target = target or (as_dtype(tensor.dtype) if is_float else None)
-        state[full_names[bare]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
-        done += empty.nbytes
+        state[full_names[name]] = tensor.to(device or "cpu", target if is_float else tensor.dtype)
         if progress is not None and quantize is None:  # else the quantizer reports progress
-            progress(done / total)
+            progress(count / len(stored))
     state |= {n: torch.zeros_like(state[n], dtype=target, device=device or "cpu") for n in new}
     model.load_state_dict(state, assign=True)
     if new:

@@ -985,13 +985,13 @@ REFUSED = [  # a file of a folder, which has shards for SHARD and INDEX; a part 
     *(("config.json", *row) for row in CONFIG_REFUSED),
     (WHOLE, r"model lacks the tensor final_layernorm.bias \(1 in all\)", {"model.final_layernorm.bias": None}),
     (WHOLE, "model has the tensor x, which is not in a PersimmonForCausalLM of", {"model.x": torch.ones(9)}),
-    (WHOLE, rf"{WHOLE} .* lm_head.weight in shape \(9,\): .* makes it \(97, 48\)", {"lm_head.weight": torch.ones(9)}),
+    (WHOLE, r"model has the tensor lm_head.weight in shape \(9,\): .* makes it \(97, 48\)", {"lm_head.weight": torch.ones(9)}),
     (WHOLE, "as torch.int8: config.json makes it torch.float32", {"lm_head.weight": torch.ones(97, 48).char()}),
     (WHOLE, "has tensors twice, with and without `model.`", {"final_layernorm.bias": torch.ones(48)}),
     (WHOLE, f"{WHOLE} is cut off, damaged", lambda data: data[:-100]), (SHARD, f"{SHARD} is cut off", b""),
     (WHOLE, f"no {WHOLE} or {INDEX}: convert .bin files with `python convert.py .*model .*model-safetensors`", None),
-    (WHOLE, f"{WHOLE} is a pointer of Git LFS", LFS), (SHARD, f"in {SHARD}, not a file of its folder", None),
-    (INDEX, f"{SHARD} lacks the tensor .*, which the index", lambda data: data.replace(b"-00002-", b"-00001-")),
+    (WHOLE, f"{WHOLE} is a pointer of Git LFS", LFS), (SHARD, f"lists {SHARD}, which is not a file of its folder", None),
+    (INDEX, r"model lacks the tensor layers.\d.*in all\)", lambda data: data.replace(b"-00002-", b"-00001-")),
     (INDEX, "not a file of its", *({"weight_map": {"a": file}} for file in (f"../model/{SHARD}", f"{TINY}/{WHOLE}"))),
     (INDEX, "has no weight_map", b"{}", {"weight_map": {"a": 1}}),
     ("", r"lacks the tensor layers.4.input_layernorm.bias \(16 in all\)", {"num_hidden_layers": 5}),
@@ -2345,7 +2345,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2470), ("sample.py", 402), ("convert.py", 466)):
+    for name, limit in (("persimmon.py", 2462), ("sample.py", 402), ("convert.py", 464)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
