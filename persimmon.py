@@ -823,6 +823,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
             progress(count / len(stored))
     state |= {n: torch.zeros_like(state[n], dtype=target, device=device or "cpu") for n in new}
     model.load_state_dict(state, assign=True)
+    del state, stored, tensors, tensor  # so that a quantizer frees each weight that it replaces
     if new:
         model.init_weights(model.get_submodule(min(new).split(".")[0]))
         warnings.warn(f"{folder} has no {' and '.join(sorted(new))} for a {cls.__name__}: new, "
