@@ -2356,7 +2356,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2463), ("sample.py", 402), ("convert.py", 464)):
+    for name, limit in (("persimmon.py", 2463), ("sample.py", 402), ("convert.py", 452)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -3111,7 +3111,7 @@ def test_convert_reads_args_and_tensors(tmp_path, make, weights, refused, monkey
         ("rotary_pct", "absent", "no args.rotary_pct"), ("hidden_size", "x", "config key .* is not of type"),
         ("hidden_size", torch.ones(2), "no args.hidden_size, or one that is no number"),
         ("hidden_dropout", torch.ones(2), "no args.hidden_dropout, or one that is no number"),
-        ("num_attention_heads", 0, "num_attention_heads = 0 is not from 1"), ("num_layers", 4000, "4000 layers"),
+        ("num_attention_heads", 0, "num_attention_heads = 0 is not from 1"),
         ("ffn_hidden_size", 96, r"weight is \(48, 80\), and its config makes it \(48, 96\)"),
         ("num_layers", 4, "layers.3.* is missing, and its"), ("num_layers", 2, "layers.2.* makes it no tensor"),
         ("qk_layernorm", "none", "model.layers.0.self_attn.k_layernorm.* makes it no tensor")):
@@ -3151,7 +3151,6 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         (index, b"{}", "hub"), (index, b'{"weight_map": {"a": 1}}', "hub"), (index, b"{nope", "hub"),
         (index, b'{"weight_map": {"a": "pytorch_model.bin", "x": "gone.bin"}}', "hub"),
         (f"hub/{TOKENIZER}", b"{nope", f"hub/{TOKENIZER} is not valid JSON", "--dry-run"),
-        (index, b"{}" + 2**24 * b" ", f"{index} has a header or record that is too"),
         ("hub/pytorch_model.bin", LFS, "/pytorch_model.bin is a pointer of Git LFS"),
         ("hub/config.json", b'{"architectures": 5}', "hub is damaged"),
         ("hub/config.json", b'{"hidden_size": 268435456, "num_hidden_layers": 3}', "makes it .262144, 268435456"),
@@ -3226,7 +3225,7 @@ def test_attacks(tmp_path, make, refused):
         assert time.monotonic() - start < 30 and peak_memory(False) < peak + 1e9, source
 
 
-def test_damaged_archives(tmp_path, make, weights, refused, capsys):
+def test_damaged_archives(tmp_path, make, weights, refused):
     """Encryption, a version, methods, places and sizes that are not there; another byte order; flipped bits."""
     local, central, end64 = b"PK\3\4", b"PK\1\2", b"PK\6\6"
     file, out = make.hub() / "pytorch_model.bin", tmp_path / "out"
@@ -3237,16 +3236,17 @@ def test_damaged_archives(tmp_path, make, weights, refused, capsys):
         parts = re.split(b"(?=%s)" % re.escape(signature), good)
         file.write_bytes(parts[0] + b"".join(x[:offset] + value + x[offset + len(value) :] for x in parts[1:]))
         refused("pytorch_model.bin", file.parent, out)
-    for compression, message in ((zipfile.ZIP_STORED, "big-endian"), (zipfile.ZIP_DEFLATED, "it is compressed")):
-        with zipfile.ZipFile(file, "w", compression) as archive:
-            archive.writestr("x/byteorder", b"big")
-        refused(f"pytorch_model.bin .*{message}", file.parent, out)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/byteorder", b"big")
+    refused("pytorch_model.bin .*big-endian", file.parent, out)
     for old, options in ((head, []), (head, ["--quantize", "int8"]), (b"lm_head", [])):
         file.write_bytes(good.replace(old, bytes([old[0] ^ 1]) + old[1:]))
         refused("pytorch_model.bin is .*Bad CRC-32 for file .*data", file.parent, out, *options)
-    with torch.utils.serialization.config.patch({"save.compute_crc32": False}):
-        assert converted(make.hub(), out) == 0 and is_saved(weights, out)
-    assert re.fullmatch(r"convert.py: warning: .*pytorch_model.bin has no checksums\n", capsys.readouterr().err)
+    (file.parent / "x.bin").write_bytes(good)  # with compression it is read, too
+    with zipfile.ZipFile(file.parent / "x.bin") as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert converted(file.parent, out) == 0 and is_saved(weights, out)
 
 
 def test_convert_refuses_an_output(tmp_path, refused, monkeypatch):
