@@ -54,6 +54,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: errors have nowhere to go
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `convert.py ... | head` ends as usual
     parse_arguments(None)  # --help and wrong options do not wait for torch
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave others the cores
@@ -97,6 +99,8 @@ def reading(what: Path | str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (ValueError, OSError)) and str(what) in str(error):
             raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise MemoryError(f"{what} needs more memory than there is") from None
         if isinstance(what, Path) and what.is_file():
             raise persimmon.unreadable(what, "supported kind of file", repr(error)) from None
         raise ValueError(f"{what} is damaged or not supported: {error!r}") from None
@@ -346,11 +350,12 @@ def pieces_of(name: str, model: nn.Module, weights: dict[str, Weight]) -> Iterat
             yield quantized(layer, weights[f"{prefix}.weight"])[last]
         return
     tensor = weights[name].load()
-    for piece in tensor.split(max(1, PIECE // (4 * tensor[0].numel()))):
-        cast = piece.to(weights[name].dtype).contiguous()
-        if not all(map(math.isfinite, cast.aminmax())):  # both are NaN if any number is
-            raise ValueError(f"{name} has values that are NaN, infinite or too large for its dtype")
-        yield cast
+    with reading(name):
+        for piece in tensor.split(max(1, PIECE // (4 * tensor[0].numel()))):
+            cast = piece.to(weights[name].dtype).contiguous()
+            if not all(map(math.isfinite, cast.aminmax())):  # both are NaN if any number is
+                raise ValueError(f"{name} has values that are NaN, infinite or too large")
+            yield cast
 
 
 class Progress:
@@ -395,6 +400,8 @@ def check_output(args: argparse.Namespace) -> Path:
     output, source = (Path(os.path.realpath(path)) for path in (args.output, args.source))
     parent = next(folder for folder in (output, *output.parents) if folder.exists())
     files = {*os.listdir(output)} if parent == output else set()
+    if str(output) != str(output).encode(errors="replace").decode():
+        raise ValueError(f"OUTPUT {str(output)!r} is not UTF-8: no tokenizer loads from there")
     if output in (source, *source.parents):
         raise ValueError(f"OUTPUT {output} can't be made: it is or holds the source")
     if parent == output and not args.force:
@@ -426,12 +433,12 @@ def run(args: argparse.Namespace) -> None:
         free, needed = shutil.disk_usage(parent).free, total * 1.01 + 4 * SMALL
         if free < needed:
             raise ValueError(f"{parent} has {free / 1e9:.3g} GB free, of {needed / 1e9:.3g} needed")
-        parameters = sum(math.prod(weight.shape) for weight in weights.values())
-        print(f"{parameters:,} parameters, {total / 1e9:.2f} GB", flush=True)
         if not args.dry_run:
             write_folder(folder, model, weights, files)
+    parameters = sum(math.prod(weight.shape) for weight in weights.values())
+    print(f"{parameters:,} parameters, {total / 1e9:.2f} GB", flush=True)
     if not args.dry_run and hasattr(model, "lm_head"):  # a classifier can't write
-        print(f"python sample.py --model {args.output}")
+        print(f"python sample.py --model {args.output}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -440,9 +447,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parse_arguments(argv))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        text = textwrap.shorten(f"convert.py: error: {error}", 500, placeholder=" ...")
-        print("\r\x1b[K" * sys.stderr.isatty() + text, file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        text = textwrap.shorten(str(error) or "out of memory", 480, placeholder=" ...")
+        wipe = "\r\x1b[K" * sys.stderr.isatty()
+        print(f"{wipe}convert.py: error: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -871,8 +871,8 @@ def staging(folder: Path) -> Iterator[Path]:
     all other weights, and with a tokenizer.model the rest of another tokenizer. ValueError if
     another process is saving there; OSError is passed on."""
     folder = Path(os.path.realpath(folder))  # follows a link: a rename can't go to another disk
-    exists = folder.exists()
-    scratch = folder / ".unfinished" if exists else folder.with_name(f"{folder.name}.unfinished")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    scratch = folder.with_name(f"{folder.name}.unfinished") if missing else folder / ".unfinished"
     new = scratch / "new"
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
@@ -889,7 +889,7 @@ def staging(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
             new.mkdir()
             yield new
-            if not exists:
+            if missing:
                 new.rename(folder)  # fails if something is there by now
                 return
             settle(folder)
@@ -905,6 +905,9 @@ def staging(folder: Path) -> Iterator[Path]:
                 (folder / name).unlink()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # it holds something
+                for parent in missing[1:]:
+                    parent.rmdir()
 
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:

@@ -2356,7 +2356,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2463), ("sample.py", 402), ("convert.py", 452)):
+    for name, limit in (("persimmon.py", 2466), ("sample.py", 402), ("convert.py", 460)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -2895,6 +2895,7 @@ def test_as_programs(tmp_path):
             ("sample.py --chat -n1 -q --device cpu <<< $'\\xff'", "", 0, r"\(the text is not valid Unicode\)\n"),
             ("sample.py >&-", tmp_path, 2, "sample.py: error: .* is closed\n"), ('-c "$1" <&- 2>&-', "", 0, ""),
             ("sample.py -n 900 --ignore-eos --device cpu | head -c 30", "", 128 + signal.SIGPIPE, ""),
+            (f"convert.py tiny {tmp_path}/out | true", "", 128 + signal.SIGPIPE, ""),
             ("-I -S convert.py a b", "", 2, "convert.py: error: torch is not installed: .*\n"),
             ("-I -S convert.py a", "", 2, "convert.py: error: .*OUTPUT.*\n")):
         command = ["bash", "-o", "pipefail", "-c", f'exec "$0" {words}', sys.executable, code]
@@ -2907,6 +2908,7 @@ def test_as_programs(tmp_path):
             rows = itertools.chain(*(group.values() for group in sample_script.OPTIONS.values()))
             defaults = [f"{row[1]:g}" for row in rows if row[0] in (int, float) and row[1] is not None]
             assert re.findall(r"\[([\d.]+)\]", "".join(lines)) == defaults
+    assert len(os.listdir(tmp_path / "out")) == 5  # whoever reads what is said
 
 
 def test_chat_reads_what_is_new_and_answers_as_a_fresh_run(cli, tiny, monkeypatch):
@@ -3165,7 +3167,11 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         ("lm_head.weight .*there are two", weights, {"lm_head.weight": head})):
         refused(message, make.hub(*contents), out)
     refused("there is no .*nothing", tmp_path / "nothing", out)
-    refused("No such file", tmp_path / "nothing", out, "--verify")
+    refused("No such file", tmp_path / "nothing", tmp_path / "new" / "parents" / "out", "--verify")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile.ZipExtFile, "readinto", Mock(side_effect=error))
+            refused(r"good.tar needs more memory than there is\n", good, out)
     refused("no .*config.json", tmp_path, tmp_path.with_name("out"))
     monkeypatch.setattr(convert, "MD5", [hashlib.md5(release).hexdigest()])
     assert converted(good, out, "--verify", "--dry-run") == 0
@@ -3261,7 +3267,8 @@ def test_convert_refuses_an_output(tmp_path, refused, monkeypatch):
             (model, tmp_path, "is or holds the source"), (tmp_path / "link", model, "is or holds the source"),
             (model, tmp_path / ("x" * 250), "File name too long"), (model, mine / "thesis.tex", "Not a directory"),
             (model, mine / "thesis.tex" / "x", "Not a directory"), (model, "/proc/out", "No such file or directory"),
-            (model, mine, "is not a model's folder: --force does not"), (model, tmp_path / "out", "unfinished is in")):
+            (model, mine, "is not a model's folder: --force does not"), (model, tmp_path / "out", "unfinished is in"),
+            (model, tmp_path / os.fsdecode(b"\xff"), "udcff' is not UTF-8")):
         refused(message, source, out, "--force")
 
 
