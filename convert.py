@@ -294,7 +294,8 @@ def read_source(path: Path, files: dict[str, bytes]) -> Source:
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         for name, tensor in persimmon.read_safetensors(path).items():
             if not name.endswith(COMPUTED):
-                weights[name] = Weight(tensor.dtype, tuple(tensor.shape), tensor.detach)
+                dtype = persimmon.as_dtype(tensor.dtype)  # ValueError for integers
+                weights[name] = Weight(dtype, tuple(tensor.shape), tensor.detach)
         return weights, config, architecture, files
     index, names = path / "pytorch_model.bin.index.json", ["pytorch_model.bin"]
     if index.is_file():
