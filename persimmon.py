@@ -1646,10 +1646,11 @@ class Int4Linear(QuantizedLinear):
             codes = self.codes(0, O).add(8).view(torch.uint8).t()
             tiles = next(n for n in (8, 4, 2) if C % (16 * n) == 0)  # of 16 inputs, read at once
             return operator((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), tiles)
-        # Does this CPU's kernel read the order that we store? Pack mixed codes to find out.
-        probe = torch.arange(128 * 64, dtype=torch.int32, device="cpu").view(128, 64) * 7 % 16
-        halves = probe.to(torch.uint8).view(2, 2, 32, 64)
-        if torch.equal(operator(probe, 1).view(2, 64, 32), (halves[:, 0] | halves[:, 1] << 4).mT):
+        # Does this CPU's kernel read the order that we store? Pack random codes to find out.
+        random = torch.Generator().manual_seed(0)
+        probe = torch.randint(16, (64, 64), generator=random, dtype=torch.int32, device="cpu")
+        low, high = probe.to(torch.uint8).split(32)
+        if torch.equal(operator(probe, 1).view(64, 32), (low | high << 4).t()):
             return self.weight.view(O, C // 2)
         return operator(self.codes(0, O).t().int().contiguous() + 8, 1)
 

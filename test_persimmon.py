@@ -1709,6 +1709,9 @@ def test_int4_for_other_processors(monkeypatch, group_size, tiles):
     assert not torch.cpu._is_avx512_supported() or own.data_ptr() == layer.weight.data_ptr()  # it is no copy
     operator.side_effect = lambda codes, _: (codes[:, ::2] << 4 | codes[:, 1::2]).byte()  # not in AVX-512's order
     assert torch.equal(layer.pack(operator, is_cuda=False), data)
+    operator.side_effect = lambda codes, _: (codes[1::2] << 4 | codes[::2]).byte().unflatten(0, (-1, 32)).mT.reshape(
+        len(codes), -1)  # AVX-512's, but with the outputs in pairs
+    assert not torch.equal(layer.pack(operator, is_cuda=False), own)
     assert operator.call_args[0][0].is_contiguous() and operator.call_args[0][0].dtype == torch.int32
     monkeypatch.setattr(layer, "small_batch_matmul", matmul := Mock(return_value=None), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
