@@ -1235,15 +1235,14 @@ class TableEngine(Engine):
             is_own = any(table.weight is t for t in (*m._parameters.values(), *m._buffers.values()))
             if m not in modules or not is_own or now != table.fingerprint:
                 self.tables.pop(m, None)  # another thread may have done it
-                self.downs = [down for down in self.downs if down is not m]
                 if "packed" in vars(m):
                     m.packed = {}
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
         """Make the missing tables; progress is called with the fraction that is done."""
         new = [m for m in self.downs if m not in self.tables and is_unmodified(m, nn.Linear)]
+        self.downs = []  # once in a generation
         if not new or sum(m.weight.nbytes for m in new) > available_memory(new[0].weight.device):
-            self.downs = []  # nothing to do in this generation
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             every = map if new[0].weight.is_cuda else pool.map

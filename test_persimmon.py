@@ -2714,9 +2714,13 @@ def test_tables(monkeypatch):
             exec(change)
             found, _ = model.engine.decode(ids[:, 8:], None, cache), cache.crop(8)
             assert close(found, Engine(model).next_logits(ids[:, 8:], None, cache)), change
-            assert [*model.engine.tables] == [second]  # until the next prompt
-            cache.crop(8)
-            model.engine.find_linears([*model.modules()]), model.engine.prepare()
+            assert torch.equal(model.engine.tables[first].rows, first.weight.t())  # made anew, once for a prompt
+            first.weight.data.neg_(), cache.crop(8), model.engine.decode(ids[:, 8:], None, cache)
+            assert [*model.engine.tables] == [second]
+            model.engine.prefill(ids[:, :8], None, cache := model.engine.make_cache(1, 9))
+            model.engine.decode(ids[:, 8:], None, cache), cache.crop(8)
+            assert [*model.engine.tables] == [second, first]
+            model.engine.find_linears([*model.modules()])
     options = {"max_new_tokens": 10, "temperature": 0.9, "seed": 4}  # two generations at once, by steps or in threads
     prompts = [random_ids(model.config, 1, length) for length in (9, 14)]
     expected = [model.generate(ids, **options).tolist() for ids in prompts]
