@@ -1148,14 +1148,11 @@ def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
     return bool((fast.float() - exact).norm() <= limit)  # False for NaN
 
 
-def nonzero_bags(x: Tensor, rows: int, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def nonzero_bags(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """The nonzeros of x (B, F) for embedding_bag: their columns, row by row; their values; and
-    where bags start, (B, bags): a row is cut into bags for all cores. None beyond `rows` rows or
-    limit*F nonzeros, off the CPU, with gradients, and in torch.compile, as shapes depend on x."""
-    B, F = x.shape
-    if B > rows or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    x = x.flatten()  # (B*F)
+    where bags start, (B, bags): a row is cut into bags for all cores. None if there are more than
+    limit*F. Not for torch.compile, as shapes depend on x."""
+    (B, F), x = x.shape, x.flatten()  # (B*F)
     index = (x != 0).nonzero()[:, 0].int()  # int32 is faster in embedding_bag
     if len(index) > limit * F:
         return None
@@ -1296,7 +1293,8 @@ def cpu_linear(linear: nn.Linear, table: Table | None, x: Tensor) -> Tensor:
     if x.dtype != W.dtype or not W.is_contiguous() or torch.is_grad_enabled():
         return nn.functional.linear(x, W, bias)
     is_one, is_bf16, has_amx = len(rows) == 1, x.dtype == torch.bfloat16, cpu_has("amx_tile")
-    if table is not None and (bags := nonzero_bags(rows, 16, 1.5)):  # beyond, others are as fast
+    has_table = table is not None and len(rows) <= 16 and not torch.compiler.is_compiling()
+    if has_table and (bags := nonzero_bags(rows, 1.5)):  # beyond, others are as fast
         column, value, start = bags
         y = nn.functional.embedding_bag(column, table.rows, start.flatten(), mode="sum",
                                         per_sample_weights=value)
@@ -1471,7 +1469,6 @@ class QuantizedLinear(nn.Module):
     small_batch_matmul  x W^T, (rows, C) -> (rows, O), by a PyTorch kernel that reads the codes;
                         None if there is none, or it is slow: for dense W, in all but bfloat16"""
 
-    max_rows = 64  # up to here, small_batch_matmul is faster than dequant_matmul
     axes: tuple[dict[str, int], ...]  # stored tensor -> axis of the outputs; -> of the inputs
     is_by_input = False  # whether a row of `weight` is of one input, and not of one output
     extra_repr = nn.Linear.extra_repr
@@ -1501,8 +1498,8 @@ class QuantizedLinear(nn.Module):
         has_kernel = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if x.is_cuda:  # its copy of W pays only for T = 1, and for B = 1 not beside codes_kernel's
             has_kernel &= len(x) == len(rows) and (len(x) > 1 or "codes" not in self.packed)
-        in_float32 = has_kernel and is_faster_in_float32(rows)  # int8's kernel wins for longer
-        if has_kernel and 0 < len(rows) <= (64 if in_float32 else self.max_rows):
+        in_float32 = has_kernel and is_faster_in_float32(rows)
+        if has_kernel and 0 < len(rows) <= 64:  # beyond, dequant_matmul is faster
             if not rows.is_contiguous() or rows.data_ptr() % 32 != 0:  # as kernels need it
                 rows = rows.clone(memory_format=torch.contiguous_format)
             y = self.small_batch_matmul(rows)
@@ -1548,7 +1545,6 @@ def private_operator(operators: Any, name: str) -> Callable[..., Tensor] | None:
 class Int8Linear(QuantizedLinear):
     """8 bits, symmetric, one scale per output."""
 
-    max_rows = 16
     axes = {"weight": 0, "scale": 0}, {"weight": 1}
 
     def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -1569,7 +1565,9 @@ class Int8Linear(QuantizedLinear):
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
         operator = private_operator(torch.ops.aten, "_weight_int8pack_mm")
-        if not (operator and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0):
+        is_fastest = len(x) <= 16 or is_faster_in_float32(x)  # where dequant_matmul is slower
+        fits = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0
+        if not (operator and is_fastest and fits):
             return None
         # It crashes unless 16 divides the address; in a file by another program it may not.
         weight = self.weight
@@ -1703,7 +1701,7 @@ class Int8SparseLinear(QuantizedLinear):
         return super().dequant_matmul(x * scale.to(x.dtype)) + (x @ middle)[..., None]
 
     def small_batch_matmul(self, x: Tensor) -> Tensor | None:
-        bags = nonzero_bags(x, self.max_rows, 6)  # with more, dequant_matmul is faster
+        bags = nonzero_bags(x, 6) if x.is_cpu else None  # with more, dequant_matmul is faster
         operator = private_operator(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets")
         if bags is None or operator is None:
             return None
