@@ -1482,14 +1482,17 @@ class QuantizedLinear(nn.Module):
         weight = linear.weight.detach()
         if not (weight.is_meta or all(map(math.isfinite, weight.aminmax()))):
             raise ValueError("weights that are not finite can't be quantized")
-        side, stored = int(self.is_by_input), []  # split over outputs, 0, or inputs, 1
-        parts = [weight] if weight.is_meta else weight.split(64, side)  # so copies are small
-        for part in parts:
-            stored.append(self.quantize_weight(part))
-            progress(len(stored) / len(parts))
-        for name, tensors in zip(("weight", "scale"), zip(*stored)):
-            axis = self.axes[side][name]  # on meta, torch.cat would import dynamo, for 2 s
-            self.register_buffer(name, tensors[0] if weight.is_meta else torch.cat(tensors, axis))
+        names, side = ("weight", "scale"), int(self.is_by_input)
+        for name, empty in zip(names, self.quantize_weight(weight.to("meta"))):
+            self.register_buffer(name, torch.empty_like(empty, device=weight.device))
+        parts = () if weight.is_meta else weight.split(64, side)  # outputs, or inputs
+        starts = dict.fromkeys(names, 0)
+        for done, part in enumerate(parts, start=1):
+            for name, tensor in zip(names, self.quantize_weight(part)):
+                axis, start = self.axes[side][name], starts[name]
+                starts[name] += tensor.shape[axis]
+                getattr(self, name).narrow(axis, start, tensor.shape[axis]).copy_(tensor)
+            progress(done / len(parts))
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
