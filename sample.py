@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)  # under torchrun; a RANK may
 RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0
 ROWS = 16  # texts written at once: a pass reads the same weights for all of them
 CHAT_HELP = "/help, /reset forgets, /exit leaves, Ctrl-C interrupts, \\ continues a line"
+TEXTS = "-p", "--prompt", "--stop"
 SAMPLING = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
 FIGURES = ("read {prompt_tokens} tokens at {prompt_tokens_per_second:.1f} tok/s, first token after "
            "{seconds_to_first_token:.2f} s\nwrote {tokens} at {tokens_per_second:.1f} tok/s, "
@@ -79,21 +81,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.add_argument(*names.split(), default=default, **how)
             left = ", ".join(names.split()[: 1 if names.startswith("--") else 2])
             help_text += f"  {f'{left} {placeholder}':26}{about}\n"
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and not unknown[0].startswith("-"):
-        raise ValueError(f"{unknown[0]} comes after the prompt: put the whole prompt in quotes")
+    words = iter(sys.argv[1:] if argv is None else argv)
+    # As in -p=-foo: after a space, argparse would take -foo for an option.
+    words = ["=".join((word, *islice(words, 1))) if word in TEXTS else word for word in words]
+    args, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ValueError(f"there is no option {unknown[0].split('=')[0]}: see --help")
+        raise ValueError(f"{unknown[0]} is no option (see --help), and a prompt has to be in quotes")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
         raise ValueError("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.num_samples > 1 or args.random):
         raise ValueError("--chat goes with none of --json, --num-samples and --random")
     if args.random and not re.fullmatch("8b(:[1-9][0-9]{0,2})?", args.random):
         raise ValueError(f"--random {args.random} is no shape: give 8b, or 8b:L for L layers")
-    for key, top in ("num_samples", 9999), ("threads", 4096), ("ctx_size", 2**28), ("density", .99):
+    args.max_new_tokens = 2**28 if args.max_new_tokens == -1 else args.max_new_tokens
+    for key, top in (("max_new_tokens", 2**28), ("num_samples", 9999), ("threads", 4096),
+                     ("ctx_size", 2**28), ("density", 0.99)):
         if (value := getattr(args, key)) is not None and not 0 < value <= top:
             raise ValueError(f"--{key.replace('_', '-')} {value} is not above 0 and up to {top}")
-    args.max_new_tokens = sys.maxsize if args.max_new_tokens == -1 else args.max_new_tokens
     args.prompt = args.text if args.prompt is None else args.prompt
     args.stop = [stop for stop in (*args.stop, *["\n\nhuman:"] * args.chat) if stop]
     args.quiet |= RANK > 0  # under torchrun, process 0 speaks for all
@@ -102,14 +106,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The texts to continue; "" for a blank line of a batch. ValueError for what is not UTF-8."""
+    """The texts to continue. ValueError for what is not UTF-8."""
     source = args.batch if args.file is None else args.file
     if source is None and args.prompt != "-":
         return ["ROMEO:\n" if args.prompt is None else args.prompt]
     data = sys.stdin.buffer.read() if source in ("-", None) else Path(source).read_bytes()
     text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    lines = text.split("\n") if text or not args.batch else []
-    prompts = [line.strip() and line for line in lines] if args.batch else [text]
+    prompts = [line for line in text.split("\n") if line.strip()] if args.batch else [text]
     for n, line in enumerate(prompts if args.batch else []):
         with suppress(ValueError, RecursionError):  # a line need not be JSON
             value = json.loads(line)
@@ -148,10 +151,8 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
           cache: KVCache | None = None) -> list[argparse.Namespace]:
     """Continue prompts side by side, printing the first as it grows. Returns what --json prints."""
     from persimmon import StreamDecoder, engine_for, generate
-    answers = [argparse.Namespace(
-        prompt=prompt, text="", ids=[], logprobs=[], finish_reason="blank line" if args.batch and
-        not prompt else None, seed=None, figures=None) for prompt in prompts]
-    progress(args, "tokenizing ...")
+    answers = [argparse.Namespace(prompt=prompt, text="", ids=[], logprobs=[], finish_reason=None,
+                                  seed=None, figures=None) for prompt in prompts]
     limit = model.config.max_position_embeddings  # more is refused, but decoding all takes minutes
     for answer in answers if args.batch else ():  # one long line does not stop the others
         if len(args.tokenizer.encode(answer.prompt)) >= limit:
@@ -197,8 +198,8 @@ def write(model: PersimmonForCausalLM, prompts: Sequence[str], args: argparse.Na
     if args.json or is_shown:
         texts = [json.dumps(vars(a)) if args.json else visible(a, args) for a in answers]
         print(("\n" if args.json else "\n\n---\n\n").join(texts)[len(shown) :], flush=True)
-    reasons = ", ".join(sorted({answer.finish_reason for answer in answers} - {"blank line"}))
-    if reasons and not args.quiet:
+    if not args.quiet:
+        reasons = ", ".join(sorted({answer.finish_reason for answer in answers}))
         print(FIGURES.format(**figures, seed=args.seed, reasons=reasons), file=sys.stderr)
     args.seed = (args.seed + len(growing)) % 2**63
     return answers
@@ -266,12 +267,16 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
         note(CHAT_HELP)
     while True:
         try:
-            line = "" if RANK > 0 else input("> " if is_terminal else "")
-            while line.endswith("\\"):
-                line = line[:-1] + "\n" + input("  " if is_terminal else "")
-            line = shared(line)
-            word = (line.split() or [""])[0]
+            line = "/exit"
+            with suppress(EOFError):  # which ends a line too
+                line = "" if RANK > 0 else input("> " if is_terminal else "")
+                while line.endswith("\\"):
+                    line = line[:-1] + "\n"
+                    line += input("  " if is_terminal else "")
+            line = shared(line).strip()
+            word = re.match(r"\S*", line)[0]
             if word == "/exit":
+                print(end="\n" * is_terminal, file=sys.stderr)
                 return 0
             if word == "/reset":
                 turns = []
@@ -279,11 +284,7 @@ def chat(model: PersimmonForCausalLM, args: argparse.Namespace) -> int:
                 replies = {"/reset": "forgotten", "/help": CHAT_HELP}
                 note(replies.get(word, f"there is no {word}: /help lists what there is"))
             elif word:
-                answer(line.strip())
-        except EOFError:
-            shared("/exit")
-            print(end="\n" * is_terminal, file=sys.stderr)
-            return 0
+                answer(line)
         except KeyboardInterrupt:
             note("/exit leaves")
         except ValueError as error:  # a turn that is too long, or not UTF-8
@@ -315,23 +316,21 @@ def random_model(layers: int, density: float, dtype: str, device: str, quantize:
 def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     """The model that the command line asks for; sets args.tokenizer, the seed and the threads."""
     source, new = str(args.model), f"{args.model.stem}-safetensors"
-    is_at_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not args.model.exists()
-    if is_at_hub or args.model.suffix in (".tar", ".pt", ".bin") and not args.model.is_dir():
-        get = f"`hf download {source} --local-dir {source}`, " if is_at_hub else ""
-        raise ValueError(f"{source} is no folder with safetensors: run {get}`python convert.py "
-                         f"{source} {new}` and `python sample.py -m {new}`")
+    if not args.model.is_dir():
+        is_at_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not args.model.exists()
+        get = f"`hf download {source} --local-dir {source}` and " if is_at_hub else ""
+        raise ValueError(f"there is no folder {source}: for one with Adept's weights, run {get}"
+                         f"`python convert.py {source} {new}`, and here name {new}")
     progress(args, "loading ...")
     import torch
     from persimmon import PersimmonForCausalLM, Tokenizer, check_options
-    if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler if PROCESSES == 1 else
-                      # others would wait, in the middle of a pass; readline has turned echo off
-                      lambda *_: (os.system("stty sane 2>&-"), os._exit(130)))
     args.seed = int.from_bytes(os.urandom(4), "big") % 10**6 if args.seed is None else args.seed
     check_options(**args.sampling, seed=args.seed)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if PROCESSES > 1 and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    args.tokenizer = Tokenizer(source)
+    args.tokenizer.add_bos &= not args.no_bos
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
@@ -345,8 +344,7 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     if PROCESSES > 1:
         from persimmon import parallelize
         model = parallelize(model).to(device)
-    model.fast, args.tokenizer = not args.plain, Tokenizer(source)
-    args.tokenizer.add_bos &= not args.no_bos
+    model.fast = not args.plain
     if args.threads or __name__ == "__main__" and sum(p.nbytes for p in model.parameters()) < 64e6:
         torch.set_num_threads(args.threads or 1)  # a second one costs a small model time
     progress(args)
@@ -388,11 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":  # settings of a process of its own, some from before torch is imported
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends as usual
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported, Ctrl-C just ends
+    if PROCESSES > 1:  # others would wait, in the middle of a pass; readline has turned echo off
+        signal.signal(signal.SIGINT, lambda *_: (os.system("stty sane 2>&-"), os._exit(130)))
     sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")
-    if sys.stdout is None:
-        sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # for --chat
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")

@@ -2361,7 +2361,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2466), ("sample.py", 402), ("convert.py", 461)):
+    for name, limit in (("persimmon.py", 2467), ("sample.py", 398), ("convert.py", 461)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 597
@@ -2776,8 +2776,8 @@ def test_figures_and_progress(cli, tiny, monkeypatch):
     monkeypatch.setattr(CpuEngine, "prepare", lambda self, progress=None: progress and progress(0.5))
     error = cli("--num-samples", 3, "-n", 20, "--ignore-eos", "--json", "--seed", 7, tty=True)[2]
     *notes, figures = error.replace("\x1b[J\x1b7\x1b[?7l", "").split("\x1b[?7h\x1b8")
-    assert notes[:4] == ["loading ...", "", "tokenizing ...", "reading 18 tokens ..."]
-    assert notes[4:7] + notes[-2:] == ["3 tokens ...", "laying out weights 50%", "6 tokens ...", "60 tokens ...", ""]
+    assert notes[:3] == ["loading ...", "", "reading 18 tokens ..."]
+    assert notes[3:6] + notes[-2:] == ["3 tokens ...", "laying out weights 50%", "6 tokens ...", "60 tokens ...", ""]
     assert re.fullmatch(r"read 18 tokens at 18.0 tok/s, first token after 1.00 s\n"
                         r"wrote 60 at 3.0 tok/s, peak memory \d{1,2}\.\d\d GB, seed 7, ended by length\n", figures)
     other = [cli("-n", *options, tty=True)[2] for options in ([1], [9, "--plain"], [9, "-q"])]
@@ -2789,6 +2789,7 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     for arguments in (["To be, or not"], ["-p", "To be, or not"], ["-f", tmp_path / "one"], ["-", "--plain"]):
         assert cli(*arguments, *GREEDY, 9, stdin=text.encode()) == (0, tiny[2](text[:-1], 9)[0] + "\n", "")
     assert cli("To be", *GREEDY, 9, "--no-bos")[1] == tiny[2]("To be", 9, add_bos=False)[0] + "\n"
+    assert cli("-p", "-To be", "--stop", "-", *GREEDY, 9)[1] == tiny[2]("-To be", 9)[0] + "\n"
     short = "--temp 1.5 --repetition-penalty 1.8 -n 9 --seed 1".split()
     long = "--temperature 1.5 --repeat-penalty 1.8 --max-tokens 9 --seed 1".split()  # as fingers know them
     texts = [cli(*options)[1] for options in (short, long, short[4:], [*short[4:], "--top-k", 1])]
@@ -2804,49 +2805,49 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     assert cli("-m", shutil.copytree(TINY, tmp_path / "tiny.pt"), *GREEDY, 1)[0] == 0
     monkeypatch.setattr(torch, "set_num_threads", Mock())
     assert cli(*GREEDY, 1)[0] == cli(*GREEDY, 1, "-t", 2)[0] == 0 and torch.set_num_threads.mock_calls == [((2,),)]
-    lines = b'\xef\xbb\xbf"JULIET:\\n"\r\n \r\nTo be\r\n{"no": "prompt"}\r\n[1]\n'
+    lines = b'\xef\xbb\xbf"JULIET:\\n"\r\n \r\n{"prompt": ""}\r\nTo be\r\n{"no": "prompt"}\r\n[1]\n'
     for _ in range(2):
         lines = cli("--batch", "-", "--json", *GREEDY, 3, stdin=lines)[1].encode()
         answers = [json.loads(line) for line in lines.splitlines()]
         assert [answer["prompt"] for answer in answers] == ["JULIET:\n", "", "To be", '{"no": "prompt"}', "[1]"]
-        assert [*answers.pop(1).values()] == ["", "", [], [], "blank line", None, None]
         assert answers[0]["figures"]["tokens"] == sum(len(answer["ids"]) for answer in answers)
         for answer in answers:
             text, ids, logprobs = tiny[2](answer["prompt"], 3)
             assert (answer["prompt"] + answer["text"], answer["ids"]) == (text, ids)
             assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-4)
-    assert cli("--batch", "-", "--json", stdin=b"\n \n")[2] == ""  # no figures of nothing
-    assert cli("--batch", "-", "--json") == (0, "", "")
+    assert cli("--batch", "-", "--json", stdin=b"\n \n") == cli("--batch", "-") == (0, "", "")
     answer = json.loads(cli("--batch", "-", "--json", "-n1", stdin=rb'"\ud800"')[1])
     assert answer["prompt"] == r'"\ud800"'  # no text, and so no JSON
     long = tiny[1].decode(tiny[1].encode("word " * 150)[:150])  # which fills the context
     wide = "my lord, " * 20  # not for its 180 characters
-    lines = f"To be\n{long}\n\nTo be\n{wide}".encode()
+    lines = f"To be\n{long}\nTo be\n{wide}".encode()
     code, out, error = cli("--batch", "-", "--json", "--temp=0", "-n3", stdin=lines)
-    first, none, _, last, fits = (json.loads(line) for line in out.splitlines())
+    first, none, last, fits = (json.loads(line) for line in out.splitlines())
     assert (none["finish_reason"], first["ids"]) == ("too long", last["ids"]) and "ended by length, too long\n" in error
     assert code == 0 and fits["finish_reason"] == "length"
     assert "ended by too long\n" in cli("--batch", "-", stdin=long.encode())[2]  # nothing else tells of it
     run = partial(cli, "-n3", "--batch=-", "--num-samples=9", "--seed=5", stdin=b"JULIET:\n\nTo be")
     answers = [json.loads(line) for line in run("--json")[1].splitlines()]
-    assert [answer["seed"] for answer in answers] == [*range(5, 14), *[None] * 9, *range(14, 23)]
+    assert [answer["seed"] for answer in answers] == [*range(5, 23)]
     assert run()[1] == "\n---\n\n".join(answer["prompt"] + answer["text"] + "\n" for answer in answers)
 
 
 @pytest.mark.parametrize("arguments, message", [
     ("-m /nowhere", "there is no folder /nowhere"), ("--temp hot", "invalid float value: 'hot'"),
-    ("--what --not", "there is no option --what: see --help"), ("-n 0", "max_new_tokens = 0 is out"),
+    ("--what --not", "--what is no option"), ("-n 0", "--max-new-tokens 0 is not"),
     ("--top-p 2 --chat", "top_p = 2.0 is out"), ("--seed -1", "seed = -1 is"), ("-c -3", "--ctx-size -3 is not"),
     ("--num-samples 0", "--num-samples 0 is not"), ("-t 99999", "--threads 99999 is not above 0 and up to 4096"),
     ("--density 0", "--density 0.0 is not"), ("--quantize int3", "'int3'"), ("--dtype int8", "int8 is not supported"),
     ("--device abacus", "--device abacus is not available on this machine"), ("-n " + "9" * 5000, "invalid int value"),
-    ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"), ("a b", "in quotes"),
+    ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"),
+    ("a b", "b is no option (see --help), and a prompt has to be in quotes"),
     ("--chat --json", "none of"), ("--chat --num-samples 2", "none of"), ("--chat --random 8b", "none of"),
     ("--random 7b", "is no shape"), ("--random 8b:x", "is no shape"), ("--dtype int8 --random 8b:1", "int8 is not"),
-    ("-f /nowhere", "No such file"), ("-f /dev/null --no-bos", "is (1, 0)"), ("--what=4", "no option --what: see"),
-    ("-m x.tar", "run `python convert.py x.tar x-safetensors` and `python sample.py -m x-safetensors`"),
-    ("-m LICENSE", "there is no folder LICENSE: a model"), ("--batch=", "Is a directory"), ("-f=", "Is a"),
-    ("-m adept/8b", "run `hf download adept/8b --local-dir adept/8b`, `python convert.py adept/8b 8b-safetensors` and"),
+    ("-f /nowhere", "No such file"), ("-p", "expected one argument"), ("-m .ci", "no file .ci/tokenizer.model"),
+    ("-f /dev/null --no-bos", "is (1, 0)"), ("--what=4", "--what=4 is no option"),
+    ("-m x.tar", "there is no folder x.tar: for one with Adept's weights, run `python convert.py x.tar x-safetensors`"),
+    ("--batch=", "Is a directory"), ("-f=", "Is a"),
+    ("-m adept/8b", "run `hf download adept/8b --local-dir adept/8b` and `python convert.py adept/8b 8b-safetensors`"),
     ("-", "the prompt is not UTF-8: invalid start byte at byte 1"), ("a" * 9000, "fills the context of 1024")])
 def test_errors(cli, arguments, message, monkeypatch):
     monkeypatch.chdir(HERE)
@@ -2898,11 +2899,11 @@ def test_as_programs(tmp_path):
     code = ("import runpy, sys; sys.argv[1:] = '-n 3 --device cpu'.split()\ntry: runpy.run_path('sample.py', "
             "run_name='__main__')\nfinally: assert not {'torch._dynamo', 'triton'} & sys.modules.keys()")
     for words, path, status, error in (
-            ("sample.py", tmp_path, -signal.SIGINT, ""), ("convert.py a b", tmp_path, 130, ""),
+            ("sample.py", tmp_path, 130, ""), ("convert.py a b", tmp_path, 130, ""),
             ("sample.py --help", tmp_path, 0, ""), ("-I -S convert.py --help", "", 0, ""),
-            ("sample.py --what", tmp_path, 2, "sample.py: error: .* --what: .*\n"),
+            ("sample.py --what", tmp_path, 2, "sample.py: error: --what is .*\n"),
             ("sample.py --chat -n1 -q --device cpu <<< $'\\xff'", "", 0, r"\(the text is not valid Unicode\)\n"),
-            ("sample.py >&-", tmp_path, 2, "sample.py: error: .* is closed\n"), ('-c "$1" <&- 2>&-', "", 0, ""),
+            ('-c "$1" <&- 2>&-', "", 0, ""),
             ("sample.py -n 900 --ignore-eos --device cpu | head -c 30", "", 128 + signal.SIGPIPE, ""),
             (f"convert.py tiny {tmp_path}/out | true", "", 128 + signal.SIGPIPE, ""),
             ("-I -S convert.py a b", "", 2, "convert.py: error: torch is not installed: .*\n"),
@@ -2955,7 +2956,7 @@ def test_chat_with_a_full_context(cli, monkeypatch):
     need = len(Tokenizer(TINY).encode(both))
     most = next(limit for limit in range(need, 999) if need + limit // 4 <= limit)
     for limit, n, expected in ((need + 5, 5, both), (need + 4, 5, last), (most, 200, both), (most - 1, 200, last)):
-        code, _, error = cli("--chat", "-c", limit, "-n", n, stdin=b"Who?\n" + b"word " * 99 + b"\n\xff\nWhy?\n")
+        code, _, error = cli("--chat", "-c", limit, "-n", n, stdin=b"Who?\n" + b"word " * 99 + b"\n\xff\nWhy?\\")
         assert code == 0 and (prompts.pop(0), prompts.pop(0), prompts) == (chat_prompt(["Who?"]), expected, [])
         assert sizes[0] == 1 and max(sizes) <= limit and (n == 5 or sizes[1:] == [limit]) and {*alive} == {1}
         sizes.clear()
