@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = ["=".join((word, *islice(words, 1))) if word in TEXTS else word for word in words]
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ValueError(f"{unknown[0]} is no option (see --help), and a prompt has to be in quotes")
+        raise ValueError(f"{unknown[0]} is no option (see --help), and a prompt needs quotes")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
         raise ValueError("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.num_samples > 1 or args.random):

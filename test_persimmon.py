@@ -2840,7 +2840,7 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     ("--density 0", "--density 0.0 is not"), ("--quantize int3", "'int3'"), ("--dtype int8", "int8 is not supported"),
     ("--device abacus", "--device abacus is not available on this machine"), ("-n " + "9" * 5000, "invalid int value"),
     ("a --chat", "only one"), ("a -p b", "only one"), ("-f a --batch b", "only one"),
-    ("a b", "b is no option (see --help), and a prompt has to be in quotes"),
+    ("a b", "b is no option (see --help), and a prompt needs quotes"),
     ("--chat --json", "none of"), ("--chat --num-samples 2", "none of"), ("--chat --random 8b", "none of"),
     ("--random 7b", "is no shape"), ("--random 8b:x", "is no shape"), ("--dtype int8 --random 8b:1", "int8 is not"),
     ("-f /nowhere", "No such file"), ("-p", "expected one argument"), ("-m .ci", "no file .ci/tokenizer.model"),
