@@ -1844,7 +1844,7 @@ def test_fused_attend_runs(kernels, T):
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # q, k, p are rounded, scores large
     cases = [*itertools.product(every((0, 1, 63, 64, 65, 200, 400, 1100), [0, 1, 65, 400]), tolerance,
                                 ("none", "padding", "holes"), (False, True)[: 2 if T == 1 else 1])]
-    for case in every(cases, random.sample(cases, len(cases) // 3)):
+    for case in random.sample(cases, len(cases) // 3):
         (cached, dtype, kind, is_captured), (D, R) = case, random.choice(((64, 32), (32, 24), (16, 4), (128, 64)))
         config = replace(CONFIG, hidden_size=3 * D, partial_rotary_factor=R / D, qk_layernorm=random.random() < 0.7)
         S, N, width = cached + T, cached + T + 3, cached + T + 3 * is_captured  # then a mask covers the whole cache
@@ -1965,13 +1965,13 @@ def test_fused_sparse_linear_runs(kernels, monkeypatch, dtype):
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="then nothing is compiled")
-@pytest.mark.parametrize("target", [("cuda", 90, 32), ("hip", "gfx942", 64), ("cuda", 80, 32)][: 2 + ALL])
-@pytest.mark.parametrize("dtype", every((torch.bfloat16, torch.float16, torch.float32), [torch.bfloat16]))
-def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize("capability, dtype", every(
+    [(90, torch.bfloat16), (90, torch.float16), (90, torch.float32), (80, torch.bfloat16)], [(90, torch.bfloat16)]))
+def test_triton_kernels_compile(capability, dtype, tmp_path, monkeypatch):
     """For GPUs that are not here: what a block of the 8B launches, in each format."""
     triton, gpu, compiled = pytest.importorskip("triton"), Mock(), []
-    gpu.active.get_current_target.return_value = triton.backends.compiler.GPUTarget(*target)
-    gpu.active.get_current_device.return_value = target  # what Triton remembers kernels by
+    gpu.active.get_current_target.return_value = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    gpu.active.get_current_device.return_value = capability  # what Triton remembers kernels by
     monkeypatch.setattr(triton.runtime.jit, "driver", gpu)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.JITFunction, "__getitem__", lambda kernel, grid: lambda *args, **options:
@@ -1994,7 +1994,7 @@ def test_triton_kernels_compile(target, dtype, tmp_path, monkeypatch):
     assert Counter(name for name, _ in compiled) == Counter(
         attention_kernel=6, linear_kernel=linear, sparse_kernel=3, codes_kernel=codes)
     for _, result in compiled:
-        assert len(result.asm["hsaco" if target[0] == "hip" else "cubin"]) > 1000
+        assert len(result.asm["cubin"]) > 1000
         assert result.metadata.shared <= 64 * 1024  # what small GPUs have
 
 
@@ -2057,12 +2057,12 @@ def test_cuda_engine_skips_zeros(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
     calls = use_cuda_engine(monkeypatch)
     for kind in ("int8", "int4", None):
-        model = quantize_model(wide_model(2), kind) if kind else wide_model(2)
+        model = quantize_model(small_model(persimmon, 8, intermediate_size=256), kind) if kind else wide_model(2)
         ids, down = random_ids(model.config, 2, 9), model.model.layers[0].mlp.dense_4h_to_h
         for rows, tables in ((2, 0), (1, 2), (-1, 2), (2, 2)):  # -1: one, after a change
             if rows == -1:
                 down.weight[:, :-8].bitwise_xor_(255) if kind else down.weight.data.neg_()
-            check_is_as_plain(model, ids[: abs(rows)])
+            model.generate(ids[: abs(rows)], max_new_tokens=8)  # proves what it needs
             calls.clear()
             check_is_as_plain(model, ids[: abs(rows)])
             assert calls["fused_sparse_linear"] == 2 * 2 * (rows < 2)  # for two layers
@@ -2288,21 +2288,6 @@ def test_parallelize(monkeypatch):
     assert len(layers) == 5 and all(torch.equal(share, layer.weight) for share, layer in zip(shares, layers))
     monkeypatch.setattr(torch.distributed, "broadcast", lambda ids, source: ids.add_(source))
     assert model.sample(torch.tensor([[3.0, 1, 2]]), [], 0.0).tolist() == [1]
-
-
-def test_fully_shard(tmp_path):
-    """FSDP2 on one process, after a generation."""
-    from torch.distributed import destroy_process_group, fsdp, init_device_mesh, init_process_group
-
-    model, twin = wide_model(), wide_model()
-    ids = random_ids(model.config, 1, 9)
-    model.generate(ids, max_new_tokens=3)
-    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    for part in (*model.model.layers, model):
-        fsdp.fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
-    model(ids, labels=ids).loss.backward(), twin(ids, labels=ids).loss.backward()
-    assert all(torch.equal(a.grad.full_tensor(), b.grad) for a, b in zip(model.parameters(), twin.parameters()))
-    destroy_process_group()
 
 
 # === How it is built =================================================================================================
@@ -3389,10 +3374,13 @@ def test_readme(tmp_path, monkeypatch, capsys):
     for row, expected in zip(rows, labels):  # what a text by itself would be scored for
         n = len(names["tokenizer"].encode(names["tokenizer"].decode(row)))
         assert expected.tolist() == [-100] * (len(row) - n + 1) + row[len(row) - n + 1 :].tolist()
+    monkeypatch.setattr(CpuEngine, "large", 0)
+    (model := names["model"].eval()).generate(rows, max_new_tokens=3)  # so it has tables
+    twin = copy.deepcopy(model).bfloat16()
     exec(shard, names)
-    assert {type(p) for p in names["model"].parameters()} == {torch.distributed.tensor.DTensor}
-    names["model"](rows, labels=labels).loss.backward()
-    assert all(p.grad.full_tensor().isfinite().all() for p in names["model"].parameters())
+    assert len(model.engine.tables) == 6 and {type(p) for p in model.parameters()} == {torch.distributed.tensor.DTensor}
+    model(rows, labels=labels).loss.backward(), twin(rows, labels=labels).loss.backward()
+    assert all(distance(p.grad.full_tensor(), q.grad) < 0.1 for p, q in zip(model.parameters(), twin.parameters()))
     torch.distributed.destroy_process_group()
     assert is_saved(loaded.bfloat16().state_dict(), tmp_path / "tuned")  # the shares of all, in tiny/'s dtype
     for parse, count, line in ((convert.parse_arguments, 2, r"^python convert.py (.*)$"), (
