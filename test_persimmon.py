@@ -776,6 +776,9 @@ def test_engines(small, monkeypatch):
         results = (asked.append(n) or torch.tensor([[n, 7], [5, -n]], device=DEVICE).unbind() for n in range(3))
         assert [(*result, len(asked)) for result in kind(small).to_host(results)] == [
             ([n, 7], [5, -n], asked_then) for n, asked_then in enumerate(how_many)]
+    own = type("OwnCache", (KVCache,), {})  # is kept
+    monkeypatch.setattr(Engine, "make_cache", lambda self, *size: own(CONFIG, *size[:2], torch.float16, "cpu"))
+    assert {type(kind(small.half()).make_cache(1, 2000)) for kind in (CpuEngine, CudaEngine)} == {own}
 
 
 def test_tokens(pair):
@@ -1528,8 +1531,8 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 def test_cpu_engine_proves_its_attention(monkeypatch):
     """Where Part I attends in another way (to one position with large scores in the last layer, to few positions, by a
-    later head to many, in a prompt, to two heads of keys), or its cache has more to know, that cache is used."""
-    attend, init = KVCache.attend, KVCache.__init__
+    later head to many, in a prompt), its cache is used."""
+    attend = KVCache.attend
     model = PersimmonForCausalLM(replace(CONFIG, num_attention_heads=6, hidden_size=96)).half()
 
     def scale_later_heads(cache, layer, *others):
@@ -1537,28 +1540,15 @@ def test_cpu_engine_proves_its_attention(monkeypatch):
         y[:, 3:] *= 0.9 if cache.length > 9 and layer % 2 else 1
         return y
 
-    for name, edit in (
-            ("attend", lambda cache, layer, q, *others: attend(
-                cache, layer, q.clamp(-9, 9) if layer == 3 and q.shape[2] == 1 else q, *others)),
-            ("attend", lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1)),
-            ("attend", scale_later_heads),
-            ("attend", lambda cache, layer, q, *others: attend(cache, layer, q * (2 - (q.shape[2] < 16)), *others)),
-            ("__init__", lambda cache, *others: (init(cache, *others), setattr(cache, "sink", 0))[0]),
-            ("__init__", lambda cache, config, *others: init(
-                cache, replace(config, num_attention_heads=2, hidden_size=2 * config.head_dim), *others))):
+    for edit in (
+            lambda cache, layer, q, *others: attend(
+                cache, layer, q.clamp(-9, 9) if layer == 3 and q.shape[2] == 1 else q, *others),
+            lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1), scale_later_heads,
+            lambda cache, layer, q, *others: attend(cache, layer, q * (2 - (q.shape[2] < 16)), *others)):
         engine = CpuEngine(model)
-        with monkeypatch.context() as patch, pytest.warns(match="slower: (it does|The exp|this file's)") as said:
-            patch.setattr(KVCache, name, edit)
+        with monkeypatch.context() as patch, pytest.warns(match="slower: it does") as said:
+            patch.setattr(KVCache, "attend", edit)
             assert {type(engine.make_cache(2, N)) for N in (1402, 1500, 1366)} == {KVCache} and len(said) == 1
-
-
-def test_engines_keep_a_cache_of_your_own(small, monkeypatch):
-    class OwnCache(KVCache):
-        pass
-
-    without_gpu(monkeypatch)
-    monkeypatch.setattr(Engine, "make_cache", lambda self, *size: new_cache(self.model.config, *size[:2], OwnCache))
-    assert {type(kind(small.half()).make_cache(1, 2000)) for kind in (CpuEngine, CudaEngine)} == {OwnCache}
 
 
 def test_cpu_engine_uses_the_operators(reads, small):
@@ -2232,7 +2222,7 @@ dist.destroy_process_group()  # without it, gloo's threads may abort while Pytho
 """
 
 
-@pytest.mark.parametrize("n, kind", every(itertools.product((2, 4), (None, "int8", "int4")), [(2, None)]))
+@pytest.mark.parametrize("n, kind", every([(2, None), (2, "int8"), (4, "int4")], [(2, None)]))
 def test_several_processes(n, kind, tmp_path):
     """Each as one alone, for padded prompts too, with its tables."""
     model = randomize(PersimmonForCausalLM(replace(wide_model().config, vocab_size=512, intermediate_size=8192)))
@@ -2471,7 +2461,8 @@ def test_a_cpu_follows_an_edit(tmp_path, name):
     ids, mask = random_ids(model.config, 2, length), torch.arange(length) >= torch.tensor([[8], [0]])
     both = (logits_of(m, ids, mask, is_plain=True) for m in (model, small_model(persimmon, 16)))
     assert distance(*both) > 0.03, "the edit changes nothing"
-    for processor, dtype in itertools.product(PROCESSORS, (torch.float32, torch.bfloat16, torch.float16)):
+    for processor, dtype in every(itertools.product(PROCESSORS, (torch.float32, torch.bfloat16, torch.float16)), [
+            ("AMX", torch.bfloat16), ("AMX", torch.float16), ("Zen 4", torch.float32), ("laptop", torch.bfloat16)]):
         is_transposed = dtype == torch.float16 or (dtype == torch.bfloat16 and processor != "AMX")
         set_processor(module, processor)
         count, _ = check_engine(model, ids[:1], dtype)
@@ -2540,7 +2531,7 @@ def test_an_edit_is_followed_on_cuda(tmp_path, monkeypatch, name):
     else:
         assert (engine.compared["block", False, False, False, 0] < math.inf) == ("block" not in aside)
         assert (engine.compared["attention", True, False, False, 0] < math.inf) == ("prefill" not in aside)
-    if ALL:
+    if ALL and name in ("GELU", "soft cap"):
         check_engine(model, ids[:1], torch.bfloat16, room=60)
     if ALL or "padding" in name:  # which is proven anew
         mask = torch.arange(ids.shape[1]).to(ids) >= ids.new_tensor([[3], [0]])
@@ -2608,7 +2599,8 @@ def test_changes_are_followed(tmp_path, monkeypatch, kind):
         copied = small_model(set_processor(module, "Zen 4"), 5, hidden_dropout=1.0)
     else:
         copied = small_model(use_cuda(module, monkeypatch), 1, 1, hidden_dropout=1.0).to(DEVICE)
-        changes = every(changes, ["block.train()", "down.weight = nn.Parameter(-down.weight.data)"])
+        if DEVICE == "cpu":  # in the interpreter, which is slow: test_cuda_engine_notices_changes has the others
+            changes = ["block.train()", "down.weight = nn.Parameter(-down.weight.data)"]
     ids = random_ids(copied.config, 1, 7).to(copied.lm_head.weight.device)
     for change in changes:
         before = logits_of(model := copy.deepcopy(copied), ids, steps=2)
