@@ -1832,7 +1832,7 @@ def test_kernels_in_the_interpreter():
 def test_fused_attend_runs(kernels, T):
     """Against PyTorch in float32, with the same input: result, what is written to the cache, what is not."""
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # q, k, p are rounded, scores large
-    cases = [*itertools.product(every((0, 1, 63, 64, 65, 200, 400, 1100), [0, 1, 65, 400]), tolerance,
+    cases = [*itertools.product(every((0, 1, 63, 64, 65, 200, 400, 1100), [0, 1, 65, 200]), tolerance,
                                 ("none", "padding", "holes"), (False, True)[: 2 if T == 1 else 1])]
     for case in random.sample(cases, len(cases) // 3):
         (cached, dtype, kind, is_captured), (D, R) = case, random.choice(((64, 32), (32, 24), (16, 4), (128, 64)))
