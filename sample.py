@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)  # under torchrun; a RANK may
 RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0
 ROWS = 16  # texts written at once: a pass reads the same weights for all of them
 CHAT_HELP = "/help, /reset forgets, /exit leaves, Ctrl-C interrupts, \\ continues a line"
-TEXTS = "-p", "--prompt", "--stop"
 SAMPLING = "max_new_tokens temperature top_k top_p min_p repetition_penalty".split()
 FIGURES = ("read {prompt_tokens} tokens at {prompt_tokens_per_second:.1f} tok/s, first token after "
            "{seconds_to_first_token:.2f} s\nwrote {tokens} at {tokens_per_second:.1f} tok/s, "
@@ -81,12 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.add_argument(*names.split(), default=default, **how)
             left = ", ".join(names.split()[: 1 if names.startswith("--") else 2])
             help_text += f"  {f'{left} {placeholder}':26}{about}\n"
-    words = iter(sys.argv[1:] if argv is None else argv)
-    # As in -p=-foo: after a space, argparse would take -foo for an option.
-    words = ["=".join((word, *islice(words, 1))) if word in TEXTS else word for word in words]
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"{unknown[0]} is no option (see --help), and a prompt needs quotes")
+        raise ValueError(f"{unknown[0]} is no option (see --help); a prompt of words needs quotes")
     if [args.text, args.prompt, args.file, args.batch, args.chat or None].count(None) < 4:
         raise ValueError("give only one of a prompt, --file, --batch and --chat")
     if args.chat and (args.json or args.num_samples > 1 or args.random):
@@ -319,8 +314,8 @@ def load(args: argparse.Namespace) -> PersimmonForCausalLM:
     if not args.model.is_dir():
         is_at_hub = re.fullmatch(r"[\w-]+/[\w.-]+", source) and not args.model.exists()
         get = f"`hf download {source} --local-dir {source}` and " if is_at_hub else ""
-        raise ValueError(f"there is no folder {source}: for one with Adept's weights, run {get}"
-                         f"`python convert.py {source} {new}`, and here name {new}")
+        raise ValueError(f"there is no folder {source}: to make one of Adept's weights, run {get}"
+                         f"`python convert.py {source} {new}`, then `python sample.py -m {new}`")
     progress(args, "loading ...")
     import torch
     from persimmon import PersimmonForCausalLM, Tokenizer, check_options
@@ -389,6 +384,8 @@ if __name__ == "__main__":  # settings of a process of its own, some from before
     if PROCESSES > 1:  # others would wait, in the middle of a pass; readline has turned echo off
         signal.signal(signal.SIGINT, lambda *_: (os.system("stty sane 2>&-"), os._exit(130)))
     sys.stdin, sys.stderr = sys.stdin or open(os.devnull), sys.stderr or open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.exit(print("sample.py: error: standard output is closed", file=sys.stderr) or 2)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # for --chat
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
