@@ -1380,20 +1380,20 @@ class CpuEngine(TableEngine):
         return TransposedKVCache(config, B, N, dtype, "cpu") if is_proven else cache
 
     def is_proven(self, N: int, dtype: torch.dtype) -> bool:
-        """Whether TransposedKVCache attends as KVCache does: to N positions, of two heads in all
-        layers, and to 256, of all heads in two layers, where a whole prompt attends too."""
+        """Whether TransposedKVCache attends as KVCache does: to N positions, with two heads in all
+        layers, and to 256, with two rows of all heads in two layers, and a whole prompt's too."""
         own, L = self.model.config, self.model.config.num_hidden_layers
         random, wide = torch.Generator().manual_seed(0), torch.float32
 
         @lru_cache
         def attend(qkv: Tensor, layers: int, kind: type[KVCache], dtype: torch.dtype,
                    scale: float) -> Tensor:
-            _, H, S, D = qkv.shape
+            _, B, H, S, D = qkv.shape
             two_at_once = causal_mask(torch.arange(S - 3, S - 1), S - 1, None)
             padded = (torch.arange(S) >= S // 3)[None, None, None]
             passes = [(S - 3, S - 1, two_at_once), (S - 1, S, None), (S - 1, S, padded)]
             config = replace(own, hidden_size=H * D, num_attention_heads=H, num_hidden_layers=1)
-            cache, results = kind(config, 1, N, dtype, "cpu"), []
+            cache, results = kind(config, B, N, dtype, "cpu"), []
             if len(vars(cache)) != 3 + (kind is TransposedKVCache):
                 raise ValueError("this file's KVCache has other attributes")
             cache.keys[..., :S, :], cache.values[..., :S, :] = qkv[1:].to(dtype)
@@ -1402,13 +1402,14 @@ class CpuEngine(TableEngine):
             for layer in range(layers):
                 for start, stop, mask in [(0, S, None)] * (S <= 256) + passes:
                     cache.crop(start)
-                    q, k, v = qkv[:, None, :, start:stop].to(dtype)  # (1, H, stop - start, D)
+                    q, k, v = qkv[..., start:stop, :].to(dtype)  # (B, H, stop - start, D)
                     results.append(cache.attend(layer, q * scale, k, v, mask))
             return torch.cat(results, dim=2)
 
         try:
-            for H, S, layers in (2, N, L), (own.num_attention_heads, min(N, 256), min(L, 2)):
-                qkv = torch.randn(3, H, S, own.head_dim, generator=random).to(dtype)
+            H, few = own.num_attention_heads, min(N, 256)
+            for *shape, layers in (1, 2, N, L), (2, H, few, min(L, 2)):
+                qkv = torch.randn(3, *shape, own.head_dim, generator=random).to(dtype)
                 # Large scores show a clamp, but not in 16 bit, whose rounding hides it.
                 for t, scale in (dtype, 1), (wide, 1), (wide, 16):
                     fast, plain, exact = (attend(qkv, layers, *way, scale) for way in (

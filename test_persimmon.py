@@ -1531,7 +1531,7 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 def test_cpu_engine_proves_its_attention(monkeypatch):
     """Where Part I attends in another way (to one position with large scores in the last layer, to few positions, by a
-    later head to many, in a prompt), its cache is used."""
+    later head to many, in a second row, in a prompt), its cache is used."""
     attend = KVCache.attend
     model = PersimmonForCausalLM(replace(CONFIG, num_attention_heads=6, hidden_size=96)).half()
 
@@ -1540,10 +1540,15 @@ def test_cpu_engine_proves_its_attention(monkeypatch):
         y[:, 3:] *= 0.9 if cache.length > 9 and layer % 2 else 1
         return y
 
+    def scale_later_rows(cache, *others):
+        y = attend(cache, *others)
+        y[1:] *= 0.9
+        return y
+
     for edit in (
             lambda cache, layer, q, *others: attend(
                 cache, layer, q.clamp(-9, 9) if layer == 3 and q.shape[2] == 1 else q, *others),
-            lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1), scale_later_heads,
+            lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1), scale_later_heads, scale_later_rows,
             lambda cache, layer, q, *others: attend(cache, layer, q * (2 - (q.shape[2] < 16)), *others)):
         engine = CpuEngine(model)
         with monkeypatch.context() as patch, pytest.warns(match="slower: it does") as said:
