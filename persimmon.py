@@ -1716,8 +1716,9 @@ class Int8SparseLinear(QuantizedLinear):
 
 def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int = 128,
                    progress: Callable[[float], None] | None = None) -> PersimmonPreTrainedModel:
-    """Quantize a model in place, in int8 or int4: each Linear, one by one, but a classifier's head.
-    Returns the model. ValueError if a weight can't be quantized: then discard the model."""
+    """Quantize a model in place, in int8 or int4: each Linear, one by one, but neither a
+    classifier's head nor subclasses of Linear. Returns the model. ValueError if a weight can't be
+    quantized, or a Linear has hooks, which would be lost: then discard the model."""
     quantization, old = {"quantize": kind, "group_size": group_size}, model.config.quantization
     if old not in (None, quantization):
         raise ValueError(f"the model is quantized already, in {old['quantize']}")
@@ -1732,8 +1733,11 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     for path, parent, child, size in linears:
         is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
         cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
+        linear = getattr(parent, child)
         try:
-            setattr(parent, child, cls(getattr(parent, child), group_size,
+            if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+                raise ValueError("hooks, or a forward of its own, have to be added after this")
+            setattr(parent, child, cls(linear, group_size,
                                        lambda part: progress((done + part * size) / total)))
         except ValueError as error:
             raise ValueError(f"{path}.{child}: {error}".lstrip(".")) from None
