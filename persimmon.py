@@ -822,9 +822,12 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
         if progress is not None and quantize is None:  # else the quantizer reports progress
             progress(count / len(stored))
     state |= {n: torch.zeros_like(state[n], dtype=target, device=device or "cpu") for n in new}
+    first: dict[nn.Parameter, nn.Parameter] = {}  # an edited model may tie parameters
+    for name, p in model.named_parameters(remove_duplicate=False):
+        state[name] = first.setdefault(p, nn.Parameter(state[name], p.requires_grad))
     model.load_state_dict(state, assign=True)
-    del state, stored, tensors, tensor  # so that a quantizer frees each weight that it replaces
-    if new:
+    del state, stored, tensors, tensor, first  # so that a quantizer frees what it replaces
+    if new := new & dict(model.named_parameters()).keys():  # a tied head is not new
         model.init_weights(model.get_submodule(min(new).split(".")[0]))
         warnings.warn(f"{folder} has no {' and '.join(sorted(new))} for a {cls.__name__}: new, "
                       "random, and to be trained", stacklevel=3)

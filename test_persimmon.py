@@ -1154,6 +1154,17 @@ def test_folders_that_other_programs_make(folder, small):
     assert load_config(new).eos_token_id == [second, first, 96] and (new / "tokenizer.json").read_text() == "{}"
 
 
+def test_an_edit_that_ties_weights(folder, tmp_path):
+    """They are tied after loading, too, with or without a head in the folder."""
+    tied = edited(tmp_path, ("self.init_weights(self.lm_head)", "self.lm_head.weight = self.model.embed_tokens.weight"))
+    (bare := tied.PersimmonModel.from_pretrained(folder)).save_pretrained(tmp_path / "bare")
+    tied.PersimmonForCausalLM.from_pretrained(tmp_path / "bare").save_pretrained(tmp_path / "own")
+    for source in (tmp_path / "bare", tmp_path / "own", folder):
+        model = tied.PersimmonForCausalLM.from_pretrained(source)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, bare.embed_tokens.weight)
+
+
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_head_that_is_missing(folder, tmp_path, small, cls):
     """It is new, with a warning at the caller's line. A model's own folder has to have it, and no other."""
