@@ -1,8 +1,8 @@
 """Persimmon-8B, Adept's decoder-only language model of 2023, in one file.
 
-To use it in another project, copy the file. Importing it needs only torch. Loading weights needs
-safetensors too, saving needs numpy, and Tokenizer sentencepiece. Weights are named as in
-transformers, and logits match up to rounding.
+To use it in another project, copy this file. Importing it needs only torch; loading weights also
+needs safetensors, saving numpy, and Tokenizer sentencepiece. Weights are named as in transformers,
+and logits match up to rounding.
 
     model, tokenizer = PersimmonForCausalLM.from_pretrained(folder), Tokenizer(folder)
     output = model.generate(**tokenizer("The theory of relativity states"), max_new_tokens=20)
@@ -20,7 +20,8 @@ Shapes. Each letter means the same axis everywhere:
     S  cached + new positions          R  part of D that RoPE rotates    L  layers
     N  positions a cache has room for  O  outputs of one Linear          V  vocabulary
 
-What is odd about Persimmon and easy to miss ("the original" is persimmon-ai-labs/adept-inference):
+What is odd about Persimmon and easy to miss (see megatron/model/transformer.py in the original,
+persimmon-ai-labs/adept-inference):
 
  1. The rows of the fused QKV projection are ordered [head, (q, k, v), D], not [(q, k, v), head, D].
     If you read them in the other order, every shape still fits, but the model writes noise.
@@ -51,7 +52,7 @@ from torch import Tensor, nn
 
 @dataclass
 class PersimmonConfig:
-    """Keys of config.json; defaults are the 8B's. If a new key may be 0, see CONFIG_RANGES."""
+    """The keys of config.json, with the 8B's values. If you add one, see CONFIG_RANGES."""
 
     vocab_size: int = 262144  # V
     hidden_size: int = 4096  # C
@@ -71,30 +72,28 @@ class PersimmonConfig:
     pad_token_id: int | None = None
     dtype: str | None = None  # of stored weights, e.g. "bfloat16"; from_pretrained's default
     num_labels: int = 2  # of a classifier; in config.json, the length of id2label
-    id2label: dict[str, str] | None = None  # "0", "1", ... -> name of the label
+    id2label: dict[str, str] | None = None  # "0", "1", ... -> the label's name
     problem_type: str | None = None  # of sequence classification; None: see classification_loss
     classifier_dropout: float | None = None  # of token classification; None: hidden_dropout
     quantization: dict[str, Any] | None = None  # of a quantized folder or model; see quantize_model
 
     @property
     def head_dim(self) -> int:
-        """D"""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads  # D
 
     @property
     def rotary_dim(self) -> int:
-        """R"""
-        return int(self.head_dim * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor)  # R
 
 
 def rope_tables(position_ids: Tensor, config: PersimmonConfig,
                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions (B, T), each (B, T, 1, R/2): the 1 broadcasts over heads.
 
-    Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): at position p, pair i is rotated
-    by p * theta**(-2i/R), for i = 0 ... R/2 - 1. The slowest pair takes 2 pi theta**(1 - 2/R) =
-    83,000 positions for a full turn, five contexts; with the usual theta of 10000, it would be two.
-    Angles are in float32: bfloat16 would round position 257 to 256. Only the tables are rounded.
+    Rotary position embedding (RoPE; Su et al., arXiv 2104.09864) rotates pair i, of R/2, by the
+    angle p * theta**(-2i/R) at position p. The slowest pair turns once in 2 pi theta**(1 - 2/R) =
+    83,000 positions, five contexts; with the usual theta of 10000, it would be two. Angles are
+    computed in float32, as bfloat16 rounds 257 to 256; then the tables are rounded to `dtype`.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -104,9 +103,8 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of each head of x, (B, T, H, D); the others stay. If a and b
-    are the two halves of these R dimensions, (a, b) -> (a cos - b sin, b cos + a sin). GPT-NeoX
-    pairs dimensions like this too, and so does `rotate_half` in transformers."""
+    """Rotate the first R dimensions of each head of x, (B, T, H, D), and leave the others. Their
+    halves a and b become a cos - b sin and b cos + a sin, as in GPT-NeoX."""
     R = 2 * cos.shape[-1]
     a, b = x[..., : R // 2], x[..., R // 2 : R]  # (B, T, H, R/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., R:]), dim=-1)
@@ -115,17 +113,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Tensor | None:
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
-    The new positions have the cache indices input_pos (T). Columns are cache indices too, padding
-    included. None means plain causal attention: a position sees itself and all before it. For
-    another pattern, like a sliding window, delete the `if` below and edit `mask`. It may also be
-    float: then it is added to the scores, which is slower. Do not use S there: CUDA may pass N. And
-    row - column counts padding. There are three cases; without padding, the last needs a mask:
-        T = S      nothing is cached: the attention below sets SDPA's `is_causal`, so None
+    Rows are the new positions, at the cache indices input_pos (T); columns are all cache indices.
+    Each position sees itself and all before it. Without padding, only the last case needs a mask:
+        T = S      nothing is cached: `attention` sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
                    is wrong here: its triangle starts at the top left, not at the bottom right.
-    In all three, zeros in attention_mask (B, S) hide the columns of padding. But padding sees
-    itself: a row without any True would be 0/0 in the softmax, and SDPA may return NaN.
+    Zeros in attention_mask (B, S) hide padding, in all three cases. But padding sees itself: a row
+    without any True would be 0/0 in the softmax, and SDPA may return NaN.
+    For another pattern, like a sliding window, delete the `if` below and edit `mask`. Do not use S
+    there: CUDA may pass N. A float32 mask works too: it is added to the scores, but more slowly.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -139,7 +136,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
-    mask, a single position sees all S; several attend causally, and T = S."""
+    mask, one position sees all S, and several, with T = S, attend causally."""
     is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile wants a bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
@@ -148,8 +145,8 @@ class KVCache:
     """Keys (after RoPE) and values of all positions so far, so that a pass computes only new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
-    the 8B in 16 bit. Only the first `length` positions count. Use it under torch.no_grad(): else it
-    keeps every graph, and backward fails. A pass over T tokens rounds unlike T passes over one.
+    the 8B in 16 bit. Only the first `length` are in use. Without torch.no_grad(), it would keep all
+    graphs, and backward would fail. One pass over T tokens and T passes over one round differently.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -160,7 +157,7 @@ class KVCache:
         self.length = 0
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """The cache indices (T) of T new tokens, and S. ValueError if the tokens do not fit."""
+        """The cache indices (T) of T new tokens, and S. ValueError if they do not fit."""
         _, rows, _, N, _ = self.keys.shape
         S = self.length + T
         if B != rows or S > N:
@@ -177,7 +174,7 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Set `length`: lower to forget positions, higher once all layers have stored new ones.
-        Call this, do not assign: on CUDA, there is a second copy."""
+        Call this instead of assigning it: on CUDA, `length` has a copy."""
         self.length = length
 
 
