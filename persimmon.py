@@ -179,13 +179,12 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """The projections around `attention`. q and k are normalized, then rotated. Without the norm,
-    scores can grow in training until the softmax saturates (Dehghani et al., arXiv 2302.05442).
-    As in the original's megatron/model/transformer.py."""
+    """Self-attention. Without the norms of q and k, scores can grow in training until the softmax
+    saturates (Dehghani et al., arXiv 2302.05442)."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.attention_dropout  # layer: its index in the cache
+        self.layer, self.dropout = layer, config.attention_dropout  # layer: an index into the cache
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -210,7 +209,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W2 h + b2, h = relu(W1 x + b1)**2. Reportedly, 90% of h is 0 in the 8B."""
+    """W2 h + b2, with h = relu(W1 x + b1)**2. In the 8B, 90% of h is reported to be 0."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -218,9 +217,8 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)"""
         h = self.dense_h_to_4h(x).relu().square()  # (B, T, F)
-        return self.dense_4h_to_h(h)
+        return self.dense_4h_to_h(h)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -236,19 +234,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)"""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)  # (B, T, C)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # (B, T, C)
 
 
 class ModelOutput(NamedTuple):
-    """What PersimmonModel returns: a tuple of one, whose field is named as in transformers."""
-    last_hidden_state: Tensor  # (B, T, C), after the final norm
+    last_hidden_state: Tensor  # (B, T, C), after the final norm; named as in transformers
 
 
 class HeadOutput(NamedTuple):
-    """What a model with a head returns. Loss: mean, in float32 (nats); None without labels."""
-    loss: Tensor | None
+    loss: Tensor | None  # the mean, in nats, float32; None without labels
     logits: Tensor
 
 
@@ -257,25 +252,23 @@ class PersimmonPreTrainedModel(nn.Module):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
-        self.config, self.folder = config, None  # the folder it was loaded from
+        self.config, self.folder = config, None  # folder: where it was loaded from
 
     device = property(lambda self: next(self.parameters()).device, doc="of the embedding")
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Initialize Linears and embeddings: matrices normal, with standard deviation
-        initializer_range, biases 0. Other modules, like norms, by their reset_parameters()."""
+        """Give Linears and embeddings random matrices and zero biases; reset other modules."""
         for m in (self if part is None else part).modules():
             if not isinstance(m, (nn.Linear, nn.Embedding)):
                 getattr(m, "reset_parameters", lambda: None)()
-            elif not m.weight.is_meta:  # there it takes 2 s
+            elif not m.weight.is_meta:  # where normal_ takes 2 s
                 nn.init.normal_(m.weight, std=self.config.initializer_range)
                 if getattr(m, "bias", None) is not None:
                     nn.init.zeros_(m.bias)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Save memory: recompute blocks in backward (arXiv 1604.06174). `del block.forward`, for
-        each of them, undoes it."""
+        """Recompute blocks in backward, to save memory. `del block.forward` undoes it in one."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -284,11 +277,11 @@ class PersimmonPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto",
                         device: str | torch.device | None = None, **options: Any) -> Any:
-        """Load config.json and safetensors from `folder`; the model is in eval mode. See `load`."""
+        """The model in `folder`, from config.json and safetensors, in eval mode. See `load`."""
         return load(cls, Path(folder), dtype, device, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which transformers reads too: see `save`."""
+        """Write config.json and model.safetensors, which transformers can read. See `save`."""
         save(self, Path(folder))
 
 
@@ -297,7 +290,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
-        # nn.Embedding() is slow on meta (see `load`). The row padding_idx gets no gradient.
+        # nn.Embedding() itself is slow on meta (see `load`). Row padding_idx gets no gradient.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False,
             padding_idx=config.pad_token_id)
@@ -310,12 +303,11 @@ class PersimmonModel(PersimmonPreTrainedModel):
                 inputs_embeds: Tensor | None = None) -> ModelOutput:
         """Hidden states of T new tokens, input_ids (B, T) or inputs_embeds (B, T, C).
 
-        attention_mask (B, S), 1 for tokens and 0 for padding on either side, covers cached and new
-        positions: if there is padding in `cache`, pass the mask in every call. Without padding,
-        leave it out: that is faster. Outputs at padding mean nothing. position_ids, (B, T) or
-        (1, T), are for RoPE alone. By default they count the tokens before each one: 0 0 0 1 2 for
-        a mask 0 0 1 1 1. (transformers' 0 1 2 3 4 is as good, since RoPE is relative.)
-        Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
+        attention_mask (B, S) is 1 at tokens and 0 at padding, on either side. It covers cached and
+        new positions: with padding in `cache`, pass it every time; without any, leave it out, which
+        is faster. Outputs at padding mean nothing. position_ids, (B, T) or (1, T), are only for
+        RoPE. By default they count the tokens before each one: 0 0 0 1 2 for a mask 0 0 1 1 1.
+        (0 1 2 3 4, as in transformers, does as well: RoPE is relative.)
         """
         if self.training and self.dtype == torch.float16:
             raise ValueError("training in float16 rounds AdamW's eps to 0: use bfloat16, or eval()")
@@ -348,7 +340,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
 
 
 class PersimmonForCausalLM(PersimmonPreTrainedModel):
-    """The language model: PersimmonModel, then a Linear from hidden states to logits."""
+    """The language model: PersimmonModel and a Linear from hidden states to logits."""
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__(config)
@@ -364,8 +356,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
                 logits_to_keep: int = 0) -> HeadOutput:
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
-        labels (B, T) are input_ids, not shifted: logits at t are scored against the label at t + 1.
-        Put -100, no label, at padding and a text's first token. The rest is as in PersimmonModel.
+        labels (B, T) are input_ids, not shifted: logits at t predict the label at t + 1. Padding
+        and a text's first token get -100, which is no label. The rest is as in PersimmonModel.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -378,13 +370,13 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
         return HeadOutput(loss, logits)
 
     def sample(self, *args: Any, **options: Any) -> Tensor:
-        """How `generate` draws ids. Override or assign it; do not change logits in place."""
+        """How `generate` draws ids: override or assign it. Do not change the logits in place."""
         return sample(*args, **options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                  max_length: int | None = None, **options: Any) -> Tensor:
-        """The prompts input_ids (B, T) with their continuations: (B, T + new tokens), padding after
-        the end of a row. Options: see the function `generate`; max_length counts the prompt too."""
+        """The prompts input_ids (B, T) and their continuations: (B, T + new tokens), padded after a
+        row's end. Options are those of the function `generate`; max_length counts the prompt."""
         if max_length is not None:
             if "max_new_tokens" in options or max_length <= input_ids.shape[1]:
                 raise ValueError("give max_new_tokens or a max_length, which counts the prompt too")
