@@ -398,10 +398,10 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """Draw ids (B) from logits (B, V), row b with generators[b]. Options, in transformers' order:
 
-    temperature  divides the logits; 0 is greedy: it takes the largest logit, or the first of equals
-    top_k        keeps the k likeliest tokens, any of equals; 0: all (Fan et al., arXiv 1805.04833)
-    top_p        keeps the likeliest tokens, as few as add up to top_p (arXiv 1904.09751). On a CPU,
-                 give top_k as well: sorting all the 8B's logits takes 20 ms a row
+    temperature  divides the logits; 0 is greedy: the largest logit, the first if several are equal
+    top_k        keeps the k likeliest tokens; 0: all (Fan et al., arXiv 1805.04833)
+    top_p        keeps the fewest likeliest tokens that add up to top_p (arXiv 1904.09751). On a
+                 CPU, give top_k as well: sorting all the 8B's logits takes 20 ms a row
     min_p        keeps those at least min_p times as likely as the likeliest (arXiv 2407.01082)
     """
     if temperature < 1e-30:  # float32 would round a tiny one to 0, and 0 / 0 is NaN
@@ -417,15 +417,14 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator], temperature: f
         logits = logits.masked_fill(is_outside, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total. u is in (0, 1], as u = 0 would
-    # pick i = 0 even at weight 0. float64 keeps small weights. (torch.multinomial syncs the GPU.)
+    # Inverse-CDF sampling: the first i with cumsum[i] >= u * total. u is in (0, 1], as 0 would pick
+    # i = 0 even at weight 0. float64 keeps small weights. (torch.multinomial syncs the GPU.)
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumsum = logits.exp().cumsum(-1, dtype=dtype)
     random = [torch.rand(1, dtype=dtype, device=logits.device, generator=g) for g in generators]
     u = 1 - torch.stack(random)  # (B, 1)
-    choice = torch.searchsorted(cumsum, u * cumsum[:, -1:])  # (B, 1)
-    choice = choice.clamp(max=cumsum.shape[1] - 1)  # (B, 1); with NaN logits, it is V
-    return ids.gather(-1, choice)[:, 0]
+    choice = torch.searchsorted(cumsum, u * cumsum[:, -1:])  # (B, 1); NaN logits: past the end
+    return ids.gather(-1, choice.clamp(max=cumsum.shape[1] - 1))[:, 0]
 
 
 class Step(NamedTuple):
@@ -436,7 +435,7 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """How `generate` runs a model. This one just calls it; those of Part III are faster."""
+    """How `generate` runs a model. This one just calls it; Part III's are faster."""
 
     def __init__(self, model: PersimmonForCausalLM) -> None:
         self.model = model
@@ -446,17 +445,16 @@ class Engine:
         return KVCache(self.model.config, B, N, self.model.dtype, device or self.model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits (B, V) in float32 after the last of ids (B, T); the next call may overwrite them.
-        mask is (B, S) or wider."""
+        """Logits (B, V) in float32, which the next call may overwrite. mask: (B, S) or wider."""
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # `prefill` reads the prompt, `decode` one more token per row. To change what they do, edit
-    # next_logits: Part III's engines call it. A subclass of yours has to override all three.
+    # `prefill` reads the prompt, `decode` one more token per row. To change both, edit next_logits,
+    # which Part III's engines call too. A subclass has to override all three.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Do now, with progress, what is slow and the first `decode` would do otherwise."""
+        """Do the slow work of the first `decode` now, and report progress."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
@@ -468,7 +466,7 @@ ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselv
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The device's engine, or the plain one in training, under autocast, or if not model.fast."""
+    """The device's engine; the plain one in training, under autocast, and if not model.fast."""
     device, is_compiled = model.device.type, model._compiled_call_impl is not None  # by .compile()
     is_fast = device in ENGINES and model.fast and not model.training and not is_compiled
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
@@ -488,7 +486,7 @@ def check_options(**options: float) -> None:
 
 
 def pad_left(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Prompts (B, T) and mask, with padding moved to the front. ValueError for unusable prompts."""
+    """Prompts (B, T) and mask with padding moved to the front. ValueError for unusable prompts."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"the prompt is {tuple(ids.shape)}: it has to be (B, T), with T > 0")
     if ids.min() < 0 or ids.max() >= vocab_size:
@@ -510,17 +508,16 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
              cache: KVCache | None = None) -> Iterator[Step]:
     """Continue prompts by one token per row and step, until every row has stopped.
 
-    The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Apart
-    from rounding, rows do not influence each other. Row b is sampled with seed + b; without a
-    seed, each call has a new one. Make a `cache` with engine_for(model).make_cache(B, N). If it
-    holds the start of unpadded prompts, still pass them whole: only the rest is computed. Nothing
-    checks that ids match: first crop it to the common start. A row ends for one of these reasons:
-        "stop"     it has reached one of stop_ids, by default eos_token_id
-        "length"   max_new_tokens are written
+    The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Except
+    for rounding, rows do not depend on each other. Row b uses seed + b; without a seed, each call
+    draws one. Make a `cache` with engine_for(model).make_cache(B, N). If it holds the start of
+    unpadded prompts, still pass them whole: only the rest is computed. Ids are not compared: first
+    crop the cache to what the prompts share with it. A row ends for one of these reasons:
+        "stop"     it has one of stop_ids, by default eos_token_id
+        "length"   it has max_new_tokens
         "context"  it has max_position_embeddings tokens, or `cache` is full
 
-    The first step raises ValueError for options out of range and for prompts that are empty, have
-    ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
+    ValueError, in the first step: unusable options or prompts. FloatingPointError: NaN logits.
     """
     seed = torch.Generator().seed() % 2**62 if seed is None else seed  # room for + b
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
