@@ -79,11 +79,13 @@ class PersimmonConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads  # D
+        """D"""
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)  # R
+        """R"""
+        return int(self.head_dim * self.partial_rotary_factor)
 
 
 def rope_tables(position_ids: Tensor, config: PersimmonConfig,
@@ -103,8 +105,8 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of each head of x, (B, T, H, D), and leave the others. Their
-    halves a and b become a cos - b sin and b cos + a sin, as in GPT-NeoX."""
+    """Rotate the first R dimensions of each head of x, (B, T, H, D): their halves a and b become
+    a cos - b sin and b cos + a sin, as in GPT-NeoX. The other dimensions stay."""
     R = 2 * cos.shape[-1]
     a, b = x[..., : R // 2], x[..., R // 2 : R]  # (B, T, H, R/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., R:]), dim=-1)
@@ -217,8 +219,9 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)"""
         h = self.dense_h_to_4h(x).relu().square()  # (B, T, F)
-        return self.dense_4h_to_h(h)  # (B, T, C)
+        return self.dense_4h_to_h(h)
 
 
 class Block(nn.Module):
@@ -234,15 +237,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                 cache: KVCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)"""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)  # (B, T, C)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # (B, T, C)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class ModelOutput(NamedTuple):
-    last_hidden_state: Tensor  # (B, T, C), after the final norm; named as in transformers
+    """What PersimmonModel returns: a tuple of one, whose field is named as in transformers."""
+    last_hidden_state: Tensor  # (B, T, C), after the final norm
 
 
 class HeadOutput(NamedTuple):
+    """What a model with a head returns."""
     loss: Tensor | None  # the mean, in nats, float32; None without labels
     logits: Tensor
 
@@ -258,7 +264,8 @@ class PersimmonPreTrainedModel(nn.Module):
     dtype = property(lambda self: next(self.parameters()).dtype, doc="of the embedding")
 
     def init_weights(self, part: nn.Module | None = None) -> None:
-        """Give Linears and embeddings random matrices and zero biases; reset other modules."""
+        """Initialize Linears and embeddings: matrices normal, with standard deviation
+        initializer_range, biases 0. Other modules, like norms, by their reset_parameters()."""
         for m in (self if part is None else part).modules():
             if not isinstance(m, (nn.Linear, nn.Embedding)):
                 getattr(m, "reset_parameters", lambda: None)()
@@ -268,7 +275,8 @@ class PersimmonPreTrainedModel(nn.Module):
                     nn.init.zeros_(m.bias)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute blocks in backward, to save memory. `del block.forward` undoes it in one."""
+        """Save memory: recompute blocks in backward (arXiv 1604.06174). `del block.forward`, for
+        each of them, undoes it."""
         for block in self.modules():
             if isinstance(block, Block):
                 block.forward = partial(torch.utils.checkpoint.checkpoint,
@@ -308,6 +316,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         is faster. Outputs at padding mean nothing. position_ids, (B, T) or (1, T), are only for
         RoPE. By default they count the tokens before each one: 0 0 0 1 2 for a mask 0 0 1 1 1.
         (0 1 2 3 4, as in transformers, does as well: RoPE is relative.)
+        Raises ValueError if inputs do not fit each other or the cache, and in float16 training.
         """
         if self.training and self.dtype == torch.float16:
             raise ValueError("training in float16 rounds AdamW's eps to 0: use bfloat16, or eval()")
@@ -445,7 +454,8 @@ class Engine:
         return KVCache(self.model.config, B, N, self.model.dtype, device or self.model.device)
 
     def next_logits(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits (B, V) in float32, which the next call may overwrite. mask: (B, S) or wider."""
+        """Logits (B, V) in float32 after the last of ids (B, T); the next call may overwrite them.
+        mask is (B, S) or wider."""
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
@@ -517,7 +527,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
         "length"   it has max_new_tokens
         "context"  it has max_position_embeddings tokens, or `cache` is full
 
-    ValueError, in the first step: unusable options or prompts. FloatingPointError: NaN logits.
+    The first step raises ValueError for options out of range and for prompts that are empty, have
+    ids outside the vocabulary, or fill the context. Any step: FloatingPointError for NaN logits.
     """
     seed = torch.Generator().seed() % 2**62 if seed is None else seed  # room for + b
     check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,

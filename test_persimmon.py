@@ -2357,10 +2357,10 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2467), ("sample.py", 395), ("convert.py", 461)):
+    for name, limit in (("persimmon.py", 2472), ("sample.py", 395), ("convert.py", 461)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
-    assert len(split_source()[""]) + len(split_source()["I"]) <= 597
+    assert len(split_source()[""]) + len(split_source()["I"]) <= 594
 
 
 def test_a_block_of_part_iii_can_be_cut_out(tmp_path):
