@@ -1764,6 +1764,7 @@ QUANTIZERS["int8"] = QUANTIZERS["int4"] = quantize_model
 #   codes_kernel      what linear_kernel does, for one row and a matrix in int8 or int4
 
 import copy
+from weakref import WeakKeyDictionary
 
 
 @lru_cache
@@ -2020,34 +2021,36 @@ def triton_kernels() -> dict[str, Any] | None:
 
 
 class StaticCache(KVCache):
-    """A KVCache that has its length on the GPU too, as `position`, so that a pass can be captured:
-    while `is_capturing`, positions come from there, S is N, and `length` stays."""
+    """A KVCache that has its length on the GPU too, as `position`, where kernels read it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         heads, device = self.keys.shape[1] * self.keys.shape[2], self.keys.device
         self.position = torch.zeros((), dtype=torch.long, device=device)
-        self.is_capturing, self.graph, self.graph_key = False, None, None
         # Measured: four programs per SM are enough; combining more than 8 splits costs too much.
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.splits = next((n for n in (8, 4, 2) if n * heads <= 4 * sms), 1)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: they have other memory than the graph reads and writes."""
-        return {**self.__dict__, "graph": None, "graph_key": None}
+    def crop(self, length: int) -> None:
+        """As in KVCache."""
+        super().crop(length)
+        self.position.fill_(length)
+
+
+class CapturedCache(StaticCache):
+    """A StaticCache as a captured pass sees it, in the same memory: each replay finds its positions
+    by `position`, so S is N, and is followed by a crop of the StaticCache."""
+
+    def __init__(self, cache: StaticCache) -> None:
+        vars(self).update(vars(cache))
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """As in KVCache; in a capture, those that each replay reads from `position`."""
-        if not self.is_capturing:
-            return super().positions(B, T)
+        """As in KVCache, but on the GPU."""
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
 
     def crop(self, length: int) -> None:
-        """As in KVCache; does nothing in a capture, since each replay is followed by a crop."""
-        if not self.is_capturing:
-            super().crop(length)
-            self.position.fill_(length)
+        """Does nothing."""
 
 
 def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
@@ -2066,18 +2069,17 @@ def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask
                 *(p is None or p.shape == (D,) for p in weights),
                 mask is None or T > 1 or mask.dtype == torch.bool)):
         raise ValueError("shapes or dtypes are not those of the kernel")
-    splits, width = (cache.splits if T == 1 else 0), (N if cache.is_capturing else S)
+    splits, width = (cache.splits if T == 1 else 0), (N if isinstance(cache, CapturedCache) else S)
     seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
     out = qkv.new_empty(B, T, H, D)
     split_out = qkv.new_empty(B * H, splits, D, dtype=torch.float32)
     split_lse = qkv.new_empty(B * H, splits, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        triton_kernels()["attention"][B * H, T, max(splits, 1)](
-            qkv.contiguous(), *weights, *(getattr(norm, "eps", 0.0) for norm in norms),
-            cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, width,
-            keys, values, cache.position, out, split_out, split_lse, cache.arrived, T, N, H, D,
-            2 * cos.shape[3], max(16, min(32, 4096 // (D * qkv.itemsize))), splits, num_warps=1,
-            enable_fp_fusion=True)  # the default; Triton 3.9 warns that it will change
+    triton_kernels()["attention"][B * H, T, max(splits, 1)](
+        qkv.contiguous(), *weights, *(getattr(norm, "eps", 0.0) for norm in norms),
+        cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, width,
+        keys, values, cache.position, out, split_out, split_lse, cache.arrived, T, N, H, D,
+        2 * cos.shape[3], max(16, min(32, 4096 // (D * qkv.itemsize))), splits, num_warps=1,
+        enable_fp_fusion=True)  # the default; Triton 3.9 warns that it will change
     if T > 1:
         q, k, v = out.transpose(1, 2), keys[:, :, :S], values[:, :, :S]  # (B, H, T or S, D)
         out = attention(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
@@ -2091,16 +2093,18 @@ def fused_attention(attn: Attention, x: Tensor, *others: Any) -> Tensor:
 
 def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
                  residual: Tensor | None = None, square: bool = False) -> Tensor:
-    """f(linear(norm(x))) + residual, (B, 1, O), for x (B, 1, C); f is relu(.)**2 or x."""
-    (B, T, C), O = x.shape, linear.out_features
-    is_row = B * T == 1 and C & -C == C  # and C a power of 2; C & -C is its largest factor 2**n
+    """f(linear(norm(x))) + residual, (..., O), for x (..., C); f is relu(.)**2 or x."""
+    C, O = x.shape[-1], linear.out_features
+    B = x.numel() // C  # rows
+    is_row = B == 1 and C & -C == C  # and C a power of 2; C & -C is its largest factor 2**n
     if norm is not None and not is_row:
         x, norm = norm(x), None
-    fits = B <= 16 and T == 1 and O % 16 == 0 and C % 16 == 0 and all(
+    fits = B <= 16 and O % 16 == 0 and C % 16 == 0 and all(
         t is None or t.is_contiguous() for t in (linear.weight, x, residual))
-    has_codes = fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C)
-    is_ampere = torch.cuda.get_device_capability(x.device) >= (8, 0)  # multiplies integers
-    codes = getattr(linear, "codes_by_output", None) if has_codes and is_ampere else None
+    codes = None
+    if fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C) and (
+            torch.cuda.get_device_capability(x.device) >= (8, 0)):  # it multiplies integers
+        codes = getattr(linear, "codes_by_output", None)
     if not (codes or fits and linear.weight.shape == (O, C)):
         # By PyTorch: int4 for several texts, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
@@ -2110,18 +2114,17 @@ def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
     rows, size, num_warps = (
         (64, 512, 4) if O >= 8192 and linear.weight.itemsize == 1
         else (32, 512, 2) if O >= 8192 or codes else (16, 1024, 2))
-    y, rows = x.new_empty(B, 1, O), min(rows, O & -O)
+    y, rows = x.new_empty(*x.shape[:-1], O), min(rows, O & -O)
     around = linear.bias, *((norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0))
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
-    with torch.cuda.device_of(x):
-        if codes:
-            (*weights, group), n = codes, codes[0].shape[1]  # n bytes per output
-            triton_kernels()["codes"][O // rows,](x, *weights, *around, residual, y, O, C, n, group,
-                                                  rows, min(256, n), square, **options)
-        else:
-            triton_kernels()["linear"][O // rows,](
-                x, linear.weight, getattr(linear, "scale", None), *around, residual, y, B, O, C,
-                rows, min(size // x.itemsize, C & -C), square, **options)
+    if codes:
+        (*weights, group), n = codes, codes[0].shape[1]  # n bytes per output
+        triton_kernels()["codes"][O // rows,](
+            x, *weights, *around, residual, y, O, C, n, group, rows, min(256, n), square, **options)
+    else:
+        triton_kernels()["linear"][O // rows,](
+            x, linear.weight, getattr(linear, "scale", None), *around, residual, y, B, O, C,
+            rows, min(size // x.itemsize, C & -C), square, **options)
     return y
 
 
@@ -2139,10 +2142,9 @@ def fused_sparse_linear(linear: nn.Module, table: Tensor, x: Tensor, residual: T
     y, nonzero = torch.empty_like(residual), x.new_empty(F, dtype=torch.int32)
     split_out = x.new_empty(F // inputs, O, dtype=torch.float32)
     scale = table.view(torch.float32)[:, O // 4 :] if is_quantized else None
-    with torch.cuda.device_of(x):
-        triton_kernels()["sparse"][O // columns, F // inputs](
-            x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, O, stride,
-            columns, inputs, 16, F // inputs, num_warps=4, enable_fp_fusion=True)
+    triton_kernels()["sparse"][O // columns, F // inputs](
+        x, table, scale, linear.bias, residual, y, nonzero, split_out, arrived, O, stride,
+        columns, inputs, 16, F // inputs, num_warps=4, enable_fp_fusion=True)
     return y
 
 
@@ -2180,11 +2182,13 @@ class CudaEngine(TableEngine):
 
     stream: torch.cuda.Stream | None = None  # only one, as libraries keep memory for each
     modules: Sequence[nn.Module] = ()
-    state: list[Any] | None = None  # their snapshot; the fields below belong to it
-    is_unhooked: bool
+    state: list[Any] | None = None  # their snapshot; what follows belongs to it
+    quantized_linears: list[nn.Module]
     forwards: dict[str, dict[nn.Module, Callable]]  # by way
     # (way, T > 1, B > 1, has mask, number of tables) -> longest cache tried; infinity: it differed
     compared: dict[tuple[str, bool, bool, bool, int], float]
+    # cache -> its captured step and what that depends on; None: no step can be captured
+    graphs: WeakKeyDictionary[StaticCache, tuple[Any, ...]] | None
 
     def make_cache(self, B: int, N: int, device: torch.device | None = None) -> KVCache:
         """A StaticCache, if there is Triton. If memory is short, the tables make room for it."""
@@ -2198,35 +2202,37 @@ class CudaEngine(TableEngine):
             self.tables.clear()
             return make()
 
-    def find_forwards(self, way: str) -> dict[nn.Module, Callable]:
-        """The fast forward of each block, or of its attention; {} if some module has none."""
-        head = getattr(self.model, "lm_head", None)  # this and the norms may have been edited out
-        kinds = {Block, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout}
-        blocks = [m for m in self.modules if isinstance(m, Block)]  # which is_proven compares
-        modules = [m for block in blocks for m in block.modules()]
+    def find_forwards(self) -> None:
+        """Find a fast forward for each block and Attention, if they consist of unmodified modules.
+        An Attention outside of blocks would not be compared."""
+        self.modules = list(self.model.modules())
+        self.state, self.compared = snapshot(self.modules), {}
+        self.forget_tables(self.modules)
+        self.quantized_linears = [m for m in self.modules if hasattr(m, "is_by_input")]
+        has_hooks = not all(is_unmodified(m, type(m)) for m in self.modules)
+        self.graphs = None if has_hooks else WeakKeyDictionary()  # hooks have to run in each pass
+        blocks = [m for m in self.modules if isinstance(m, Block)]
         layers = [m for m in self.modules if isinstance(m, Attention)]
-        is_known = bool(blocks) and {*modules}.issuperset(layers)
-        if way == "block":
-            kinds |= {type(m) for m in modules if hasattr(m, "is_by_input")}  # quantized
-            found = {block: PassForward(fused_block, block, self.tables) for block in blocks}
-            if is_unmodified(head, *kinds):
-                found[head] = PassForward(fused_linear, head)
-        else:
-            norms = ("q_layernorm", "k_layernorm")
-            modules = layers + [getattr(layer, name, None) for layer in layers for name in norms]
-            found = {layer: PassForward(fused_attention, layer) for layer in layers}
-        return found if is_known and all(is_unmodified(m, *kinds) for m in modules) else {}
+        inside = {m for block in blocks for m in block.modules()}
+        self.forwards = {"block": {}, "attention": {}}
+        if not (blocks and inside.issuperset(layers)):
+            return
+        kinds = {Block, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout}
+        norms = [getattr(m, f"{name}_layernorm", None) for m in layers for name in "qk"]
+        if all(is_unmodified(m, *kinds) for m in layers + norms):
+            self.forwards["attention"] = {m: PassForward(fused_attention, m) for m in layers}
+        kinds.update(map(type, self.quantized_linears))
+        if all(is_unmodified(m, *kinds) for m in inside):
+            self.forwards["block"] = {m: PassForward(fused_block, m, self.tables) for m in blocks}
+            if is_unmodified(head := getattr(self.model, "lm_head", None), *kinds):
+                self.forwards["block"][head] = PassForward(fused_linear, head)
 
     def proven_forwards(self, T: int, mask: Tensor | None, cache: KVCache) -> dict:
         """The fast forwards for a pass over T positions; {} for a plain pass."""
-        if not isinstance(cache, StaticCache) or len(vars(cache)) > 9:  # one is yours, and not here
+        if not isinstance(cache, StaticCache) or len(vars(cache)) > 6:  # one is yours, and not here
             return {}
         if snapshot(self.modules) != self.state:
-            self.modules = list(self.model.modules())
-            self.state, self.compared = snapshot(self.modules), {}
-            self.forget_tables(self.modules)
-            self.is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
-            self.forwards = {way: self.find_forwards(way) for way in ("block", "attention")}
+            self.find_forwards()
         B, N = cache.keys.shape[1], cache.keys.shape[3]
         for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
             if not (found := self.forwards[way]):
@@ -2241,45 +2247,44 @@ class CudaEngine(TableEngine):
             if way == "block":  # until a module changes, tables and codes are of no use
                 self.forwards[way], self.downs = {}, []
                 self.tables.clear()
-                for m in self.modules:
-                    if "packed" in vars(m):
-                        m.packed = {}
+                for m in self.quantized_linears:
+                    m.packed = {}
         return {}
 
     def is_proven(self, forwards: dict, cache: StaticCache, T: int, has_mask: bool) -> bool:
         """Whether each block adds to x what it adds plainly, for T positions at a cache's end and
         at its start, as few positions show what many hide, like one more term in the softmax, and a
-        small x what rounding hides. A step, T = 1, has the mask of a captured pass, whose S is N.
-        """
+        small x what rounding hides. A step, T = 1, is run as it will be captured."""
         config, (L, B, _, N, _) = replace(self.model.config, num_hidden_layers=1), cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
         static, normal, wide = caches = [kind(config, B, N, t, device) for kind, t in (
             (StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
         for name in ("keys", "values"):
-            content = getattr(static, name).normal_(generator=random).clone()
+            content = getattr(static, name).normal_(generator=random)
             for one in caches:  # all layers share the memory of one
                 setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
         noise = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
         padding[-1:, : N // 3] = 0
-        last = max(0, N - T - 1)  # where S is not N in any other pass
+
+        def arguments(cache: KVCache, length: int) -> tuple[Any, ...]:
+            """What PersimmonModel passes to its blocks, with x, after `length` positions."""
+            cache.crop(length)
+            cache = CapturedCache(cache) if cache is static and T == 1 else cache
+            input_pos, S = cache.positions(B, T)
+            mask = causal_mask(input_pos, S, padding[:, :S] if has_mask else None)
+            return rope_tables(input_pos[None], config, cache.keys.dtype), mask, cache
+
+        last = max(0, N - T - 1)  # where S is not N but in a captured pass
         try:
             for length, scale in (last, 1), (min(last, 3), 0.02):
-                x, static.is_capturing = scale * noise, False
-                for one in caches:
-                    one.crop(length)
-                input_pos, S = normal.positions(B, T)
-                static.is_capturing = T == 1
-                fast_mask, mask = (causal_mask(input_pos, s, padding[:, :s] if has_mask else None)
-                                   for s in (N if T == 1 else S, S))
-                rope, exact_rope = (rope_tables(input_pos[None], config, t)
-                                    for t in (dtype, torch.float32))
+                x, args = scale * noise, [arguments(one, length) for one in caches]
                 for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
-                    with replaced_forward(forwards):
-                        fast = block(x, rope, fast_mask, static) - x
-                    plain, block32 = block(x, rope, mask, normal) - x, copy.deepcopy(block).float()
-                    exact = block32(x.float(), exact_rope, mask, wide) - x.float()
+                    with torch.cuda.device_of(x), replaced_forward(forwards):
+                        fast = block(x, *args[0]) - x
+                    plain = block(x, *args[1]) - x
+                    exact = copy.deepcopy(block).float()(x.float(), *args[2]) - x.float()
                     if not is_as_exact(fast, plain, exact):
                         raise ValueError(f"block {n} computes something else")
         except Exception as error:  # also: other shapes in an edited block, no C compiler
@@ -2293,55 +2298,51 @@ class CudaEngine(TableEngine):
         forwards = self.proven_forwards(ids.shape[1], mask, cache)
         is_single = len(ids) == 1 and self.state and self.forwards["block"]
         self.find_linears(self.modules if is_single else ())
-        with replaced_forward(forwards):
+        with torch.cuda.device_of(ids), replaced_forward(forwards):
             return self.next_logits(ids, mask, cache)
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """As in Engine, by replaying a graph; the next replay overwrites the logits."""
         self.prepare()
         forwards = self.proven_forwards(1, mask, cache)
-        if not (forwards and self.is_unhooked):  # hooks have to run in each pass
-            with replaced_forward(forwards):
+        if not forwards or self.graphs is None:
+            with torch.cuda.device_of(ids), replaced_forward(forwards):
                 return self.next_logits(ids, mask, cache)
-        if cache.graph_key != self.graph_key(cache) or cache.graph[3] is not mask:
-            cache.graph = self.capture_cuda_graph(ids, mask, cache, forwards)
-            cache.graph_key = self.graph_key(cache)
-        graph, own_ids, logits, *_ = cache.graph
+        key, captured = self.graphs.get(cache, (None, ()))
+        if key != self.graph_key(mask, cache):
+            captured = self.capture_cuda_graph(ids, mask, cache, forwards)
+            self.graphs[cache] = self.graph_key(mask, cache), captured  # now with packed weights
+        graph, own_ids, logits, *_ = captured
         own_ids.copy_(ids)
         graph.replay()
         cache.crop(cache.length + 1)
         return logits
 
-    def graph_key(self, cache: StaticCache) -> list[Any]:
-        """What a captured graph depends on."""
-        packed = chain.from_iterable(vars(m).get("packed", {}).values() for m in self.modules)
+    def graph_key(self, mask: Tensor | None, cache: StaticCache) -> list[Any]:
+        """What a captured graph depends on, beside `state`."""
+        packed = chain.from_iterable(m.packed.values() for m in self.quantized_linears)
         own = cache.keys, cache.values, *(t.rows for t in (*self.tables.values(), *packed))
-        return [self, self.state, cache.keys.shape, *(tensor.data_ptr() for tensor in own)]
+        return [id(mask), cache.keys.shape, *(tensor.data_ptr() for tensor in own)]
 
     def capture_cuda_graph(self, ids: Tensor, mask: Tensor | None, cache: StaticCache,
-                           forwards: dict) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any, Any]:
-        """Capture next_logits(ids) as a CUDA graph. Returns it, and what it reads and writes: ids
-        (B, 1), to be overwritten before a replay; logits (B, V); the mask as given, and (B, N)."""
-        own_ids, wide_mask = ids.clone(), mask
+                           forwards: dict) -> tuple[Any, ...]:
+        """Capture next_logits(ids) as a CUDA graph. Returns it; what it reads, ids (B, 1), and
+        writes, logits (B, V); and the masks, only to keep their memory."""
         if self.stream is None or self.stream.device != ids.device:
             self.stream = torch.cuda.Stream(ids.device)
-        stream = self.stream
+        own_ids, wide_mask = ids.clone(), mask
         if mask is not None:
             wide_mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
-        step = partial(self.next_logits, own_ids, wide_mask, cache)
-        cache.is_capturing = True
-        try:
-            with torch.cuda.device(ids.device), replaced_forward(forwards):
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    step()  # first without capture: kernels compile, libraries allocate memory
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
-                    logits = step()
-        finally:
-            cache.is_capturing = False
-        return graph, own_ids, logits, mask, wide_mask  # the last only to keep its memory
+        step = partial(self.next_logits, own_ids, wide_mask, CapturedCache(cache))
+        with torch.cuda.device(ids.device), replaced_forward(forwards):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                step()  # first without capture: kernels compile, libraries allocate memory
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                logits = step()
+        return graph, own_ids, logits, mask, wide_mask
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """As in Engine, one step late: the GPU computes a step while Python handles the one before.

@@ -338,7 +338,7 @@ from transformers.modeling_utils import local_torch_dtype
 import convert
 import sample as sample_script
 from persimmon import (
-    Attention, CpuEngine, CudaEngine, Engine, Int4Linear, Int8Linear, Int8SparseLinear, KVCache,
+    Attention, CapturedCache, CpuEngine, CudaEngine, Engine, Int4Linear, Int8Linear, Int8SparseLinear, KVCache,
     PersimmonForSequenceClassification as OfText, PersimmonForTokenClassification as OfToken, PersimmonModel,
     QuantizedLinear, StaticCache, StreamDecoder, Tokenizer, TransposedKVCache, apply_rope, attention, causal_mask,
     chat_prompt, cpu_linear, fused_attend, fused_linear, fused_sparse_linear, is_as_exact, is_unmodified, load_config,
@@ -1746,14 +1746,15 @@ def test_codes_by_output(cls, group_size):
         assert (W.flatten(1) - dequantized(layer)).abs().max() < 1e-6
         assert packed.is_contiguous() and layer.codes_by_output[0] is packed and "matmul" not in layer.packed
     engine, cache = CudaEngine(None), new_cache(CONFIG, 1, 9)
-    engine.modules, changes = [layer], ("", "weight.bitwise_not_()", "scale.data.neg_()", "scale = layer.scale.clone()")
+    engine.modules = engine.quantized_linears = [layer]
+    changes = ("", "weight.bitwise_not_()", "scale.data.neg_()", "scale = layer.scale.clone()")
     for change in changes[: 4 if cls is Int4Linear else 1]:
         assert cls is Int8SparseLinear or layer.codes_by_output
-        key = engine.graph_key(cache)
+        key = engine.graph_key(None, cache)
         exec(f"layer.{change}" if change else "")
         engine.forget_tables([layer])
         assert len(layer.packed) == 2 * (cls is Int4Linear and not change)
-        assert (engine.graph_key(cache) != key) == bool(change)
+        assert (engine.graph_key(None, cache) != key) == bool(change)
     if cls is Int4Linear:
         scale, layer.scale = layer.codes_by_output[1], 2 * layer.scale
         assert torch.equal(layer.codes_by_output[1], 2 * scale)
@@ -1861,7 +1862,8 @@ def test_fused_attend_runs(kernels, T):
         S, N, width = cached + T, cached + T + 3, cached + T + 3 * is_captured  # then a mask covers the whole cache
         exact, cache = (new_cache(config, 2, N, StaticCache, kind) for kind in (torch.float32, dtype))
         exact.crop(cached), cache.crop(cached)
-        cache.splits, cache.is_capturing = random.choice((1, 2, 8)), is_captured
+        cache.splits = random.choice((1, 2, 8))
+        cache = CapturedCache(cache) if is_captured else cache
         layer = randomize(Attention(config, 1)).to(DEVICE, dtype)
         with torch.device(DEVICE), torch.no_grad():
             exact.keys[1, :, :, :cached], exact.values[1, :, :, :cached] = torch.randn(2, 2, 3, cached, D).to(dtype)
@@ -1946,7 +1948,7 @@ def test_fused_linear_runs(kernels, monkeypatch, dtype):
             with numpy.errstate(invalid="ignore"):
                 assert all(fused_linear(m, x, square=True).isnan().all() for m in (linear, cls(linear, 64)))
         monkeypatch.setattr(persimmon, "triton_kernels", lambda: 1 / 0)  # what it can't take goes to PyTorch
-        for sizes, *shape in (((16, 16), 1, 2, 16), ((16, 16), 17, 1, 16), ((34, 16), 1, 1, 34), ((16, 24), 1, 1, 16)):
+        for sizes, *shape in (((16, 16), 1, 17, 16), ((16, 16), 17, 1, 16), ((34, 16), 1, 1, 34), ((16, 24), 1, 1, 16)):
             linear, x = torch.nn.Linear(*sizes), torch.rand(shape)
             assert torch.equal(fused_linear(linear, x, square=True), linear(x).relu().square())
 
@@ -2016,8 +2018,6 @@ def test_static_cache_and_triton_kernels(small, monkeypatch):
     for heads, rows, splits in ((4, 1, 8), (3, 2, 4), (3, 3, 2), (3, 6, 1), (3, 11, 1)):
         cache = StaticCache(replace(CONFIG, num_attention_heads=heads), rows, 9, torch.float32, "cpu")
         assert cache.arrived.shape == (rows * heads,) and cache.splits == splits
-    cache.graph, cache.graph_key = lambda ids: ids, []  # which no copy has
-    assert vars(copy.copy(cache)) == {**vars(cache), "graph": None, "graph_key": None}
     pytest.importorskip("triton")
     found = persimmon.triton_kernels.__wrapped__  # without the lru_cache
     without_gpu(monkeypatch)
@@ -2099,7 +2099,7 @@ def test_cuda_engine_skips_zeros(monkeypatch):
     model.model.layers = model.model.layers[:1]
     model.generate(ids, max_new_tokens=3)
     assert [*engine.tables] == [down]
-    down.packed = {"codes": engine.tables[down]}  # as a matrix in int4 has them
+    down.packed, down.is_by_input = {"codes": engine.tables[down]}, False  # as a matrix in int4 has them
     monkeypatch.setattr(MLP, "forward", lambda mlp, x: mlp.dense_4h_to_h(mlp.dense_h_to_4h(x).sigmoid()))
     with pytest.warns(match="CUDA kernels are not used"):
         model.generate(ids, max_new_tokens=3)
@@ -2174,7 +2174,7 @@ def test_a_captured_graph_keeps_what_it_reads(small):
                 cache.crop(21)
                 assert close(engine.decode(ids[:rows, :1], mask, cache), expected) and cache.length == 22
                 junk = [torch.full((4**n,), math.nan, device=DEVICE) for n in range(10) for _ in range(100)]
-        assert len(junk) == 1000 and cache.graph is not None
+        assert len(junk) == 1000 and cache in engine.graphs
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
