@@ -2052,6 +2052,10 @@ class CapturedCache(StaticCache):
     def crop(self, length: int) -> None:
         """Does nothing."""
 
+    def attend(self, *args: Any) -> Tensor:
+        """Only the kernel knows the length at the time of a replay."""
+        raise NotImplementedError("a module that is not this file's calls cache.attend")
+
 
 def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
                  cache: StaticCache) -> Tensor:
@@ -2287,6 +2291,9 @@ class CudaEngine(TableEngine):
                     exact = copy.deepcopy(block).float()(x.float(), *args[2]) - x.float()
                     if not is_as_exact(fast, plain, exact):
                         raise ValueError(f"block {n} computes something else")
+            if T == 1 and self.graphs is not None:  # do modules outside of blocks attend?
+                with torch.cuda.device_of(x), replaced_forward(forwards):
+                    self.next_logits(padding[:, :1], padding if has_mask else None, args[0][2])
         except Exception as error:  # also: other shapes in an edited block, no C compiler
             warnings.warn(f"persimmon.py's CUDA kernels are not used: {error}")
             return False

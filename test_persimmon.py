@@ -2161,6 +2161,26 @@ def test_cuda_engine_notices_changes(small, monkeypatch, recwarn, change):
     assert torch.equal(run(), found)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
+@pytest.mark.parametrize("place, outside", [("layers.1.self_attn", 0), ("layers.1", 1)])
+def test_another_class_that_uses_the_cache_is_not_captured(small, monkeypatch, place, outside):
+    """In a block or in place of one: a graph would repeat the length that it was captured with."""
+    class Own(torch.nn.Module):
+        def __init__(self, attn):
+            super().__init__()
+            self.attn = copy.deepcopy(attn).query_key_value
+
+        def forward(self, x, rope, mask, cache):
+            qkv = self.attn(x).unflatten(2, (3, 3, 16)).transpose(1, 2).unbind(3)
+            return outside * x + cache.attend(1, *qkv, mask).transpose(1, 2).flatten(2)
+
+    use_cuda_engine(monkeypatch)
+    small.model.set_submodule(place, Own(small.model.layers[1].self_attn).eval())
+    for rows in (1, 2):
+        with pytest.warns(match="a module that is not this file's calls cache.attend"):
+            check_is_as_plain(small, random_ids(small.config, rows, 9))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_a_captured_graph_keeps_what_it_reads(small):
     """Memory that is free after the capture, filled with NaN, changes nothing."""
