@@ -2033,27 +2033,24 @@ class StaticCache(KVCache):
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def crop(self, length: int) -> None:
-        """As in KVCache."""
         super().crop(length)
         self.position.fill_(length)
 
 
 class CapturedCache(StaticCache):
-    """A StaticCache as a captured pass sees it, in the same memory: each replay finds its positions
-    by `position`, so S is N, and is followed by a crop of the StaticCache."""
+    """A StaticCache, in the same memory, in a pass that is captured. The length is not known before
+    a replay: positions come from `position`, S is N, and only the kernel can attend."""
 
     def __init__(self, cache: StaticCache) -> None:
         vars(self).update(vars(cache))
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
-        """As in KVCache, but on the GPU."""
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
 
     def crop(self, length: int) -> None:
-        """Does nothing."""
+        """Does nothing: `decode` crops the StaticCache after each replay."""
 
     def attend(self, *args: Any) -> Tensor:
-        """Only the kernel knows the length at the time of a replay."""
         raise NotImplementedError("a module that is not this file's calls cache.attend")
 
 
@@ -2169,8 +2166,7 @@ def fused_block(block: Block, tables: dict[nn.Linear, Table], x: Tensor,
 def snapshot(modules: list[nn.Module]) -> list[Any]:
     """A value that changes when a module, a hook, a parameter, a buffer, a config or a function
     of Part I does."""
-    functions = [rope_tables, apply_rope, causal_mask, attention, KVCache.attend]
-    return functions + [(
+    return [rope_tables, apply_rope, causal_mask, attention, KVCache.attend] + [(
         type(m), type(m).forward, "forward" in vars(m), m.training, vars(m).get("eps"),
         *m._forward_hooks, *m._forward_pre_hooks, *map(id, m._modules.values()),
         repr(vars(m).get("config")),
@@ -2207,25 +2203,22 @@ class CudaEngine(TableEngine):
             return make()
 
     def find_forwards(self) -> None:
-        """Find a fast forward for each block and Attention, if they consist of unmodified modules.
-        An Attention outside of blocks would not be compared."""
+        """Find the fast forwards of blocks and their attention, if all that they read is known."""
         self.modules = list(self.model.modules())
         self.state, self.compared = snapshot(self.modules), {}
         self.forget_tables(self.modules)
         self.quantized_linears = [m for m in self.modules if hasattr(m, "is_by_input")]
-        has_hooks = not all(is_unmodified(m, type(m)) for m in self.modules)
-        self.graphs = None if has_hooks else WeakKeyDictionary()  # hooks have to run in each pass
-        blocks = [m for m in self.modules if isinstance(m, Block)]
-        layers = [m for m in self.modules if isinstance(m, Attention)]
-        inside = {m for block in blocks for m in block.modules()}
-        self.forwards = {"block": {}, "attention": {}}
-        if not (blocks and inside.issuperset(layers)):
-            return
+        is_unhooked = all(is_unmodified(m, type(m)) for m in self.modules)
+        self.graphs = WeakKeyDictionary() if is_unhooked else None  # hooks run in each pass
         kinds = {Block, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout}
+        kinds.update(map(type, self.quantized_linears))
+        blocks = [m for m in self.modules if isinstance(m, Block)]
+        inside = [m for block in blocks for m in block.modules()]
+        layers = [m for m in inside if isinstance(m, Attention)]
         norms = [getattr(m, f"{name}_layernorm", None) for m in layers for name in "qk"]
+        self.forwards = {"block": {}, "attention": {}}
         if all(is_unmodified(m, *kinds) for m in layers + norms):
             self.forwards["attention"] = {m: PassForward(fused_attention, m) for m in layers}
-        kinds.update(map(type, self.quantized_linears))
         if all(is_unmodified(m, *kinds) for m in inside):
             self.forwards["block"] = {m: PassForward(fused_block, m, self.tables) for m in blocks}
             if is_unmodified(head := getattr(self.model, "lm_head", None), *kinds):
@@ -2241,7 +2234,7 @@ class CudaEngine(TableEngine):
         for way in ("block", "attention") if T == 1 and B <= 16 else ("attention",):
             if not (found := self.forwards[way]):
                 continue
-            tables = len(self.tables) if way == "block" and B == 1 else 0
+            tables = len(self.tables) * (way == "block" and B == 1)
             key = way, T > 1, B > 1, mask is not None, tables
             if self.compared.get(key, 0) < N:
                 is_proven = self.is_proven(found, cache, min(T, 17, N), mask is not None)
@@ -2262,12 +2255,12 @@ class CudaEngine(TableEngine):
         config, (L, B, _, N, _) = replace(self.model.config, num_hidden_layers=1), cache.keys.shape
         B, device, dtype = min(B, 2), cache.keys.device, cache.keys.dtype
         random = torch.Generator(device).manual_seed(0)
-        static, normal, wide = caches = [kind(config, B, N, t, device) for kind, t in (
+        static, *_ = caches = [kind(config, B, N, t, device) for kind, t in (
             (StaticCache, dtype), (KVCache, dtype), (KVCache, torch.float32))]
-        for name in ("keys", "values"):
-            content = getattr(static, name).normal_(generator=random)
-            for one in caches:  # all layers share the memory of one
-                setattr(one, name, getattr(one, name).copy_(content).expand(L, -1, -1, -1, -1))
+        keys, values = (x.normal_(generator=random) for x in (static.keys, static.values))
+        for one in caches:  # all layers share the memory of one
+            one.keys = one.keys.copy_(keys).expand(L, -1, -1, -1, -1)
+            one.values = one.values.copy_(values).expand(L, -1, -1, -1, -1)
         noise = torch.randn(B, T, config.hidden_size, generator=random, device=device).to(dtype)
         padding = torch.ones(B, N, dtype=torch.long, device=device)
         padding[-1:, : N // 3] = 0
@@ -2283,17 +2276,18 @@ class CudaEngine(TableEngine):
         last = max(0, N - T - 1)  # where S is not N but in a captured pass
         try:
             for length, scale in (last, 1), (min(last, 3), 0.02):
-                x, args = scale * noise, [arguments(one, length) for one in caches]
+                x = scale * noise
+                fast_args, plain_args, exact_args = (arguments(one, length) for one in caches)
                 for n, block in enumerate(m for m in self.model.modules() if isinstance(m, Block)):
                     with torch.cuda.device_of(x), replaced_forward(forwards):
-                        fast = block(x, *args[0]) - x
-                    plain = block(x, *args[1]) - x
-                    exact = copy.deepcopy(block).float()(x.float(), *args[2]) - x.float()
+                        fast = block(x, *fast_args) - x
+                    plain = block(x, *plain_args) - x
+                    exact = copy.deepcopy(block).float()(x.float(), *exact_args) - x.float()
                     if not is_as_exact(fast, plain, exact):
                         raise ValueError(f"block {n} computes something else")
             if T == 1 and self.graphs is not None:  # do modules outside of blocks attend?
                 with torch.cuda.device_of(x), replaced_forward(forwards):
-                    self.next_logits(padding[:, :1], padding if has_mask else None, args[0][2])
+                    self.next_logits(padding[:, :1], padding if has_mask else None, fast_args[-1])
         except Exception as error:  # also: other shapes in an edited block, no C compiler
             warnings.warn(f"persimmon.py's CUDA kernels are not used: {error}")
             return False
@@ -2354,16 +2348,15 @@ class CudaEngine(TableEngine):
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """As in Engine, one step late: the GPU computes a step while Python handles the one before.
         The first comes at once, since the second may take long, to compile kernels."""
-        waiting: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
+        waiting: list[tuple[list[Tensor], torch.cuda.Event]] = []
         for step, result in enumerate(chain(results, [None])):
             if result is not None:
-                stream = torch.cuda.current_stream(result[0].device)
                 copies = [tensor.to("cpu", non_blocking=True) for tensor in result]
-                waiting.append((*copies, stream.record_event()))
+                waiting.append((copies, torch.cuda.current_stream(result[0].device).record_event()))
             if waiting and step != 1:
-                tokens, logprobs, is_copied = waiting.pop(0)
+                copies, is_copied = waiting.pop(0)
                 is_copied.synchronize()
-                yield tokens.tolist(), logprobs.tolist()
+                yield tuple(tensor.tolist() for tensor in copies)
 
 
 ENGINES["cuda"] = CudaEngine
@@ -2420,7 +2413,7 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=20))  # others wait while you type
-    n, rank, config, linears = dist.get_world_size(), dist.get_rank(), model.config, []
+    n, rank, config = dist.get_world_size(), dist.get_rank(), model.config
     if type(model) is not PersimmonForCausalLM:
         raise ValueError(f"parallelize takes a PersimmonForCausalLM, not a {type(model).__name__}")
     model.eval().requires_grad_(False)  # the sum has no derivative, and dropout differs each time
@@ -2436,17 +2429,8 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         return [y for block in model.model.layers[:2]
                 for y in (block.self_attn(x, rope, None, None), block.mlp(x))]
 
-    whole = results()
-    for block in model.model.layers:
-        layer, mlp = block.self_attn, block.mlp
-        if (type(layer), type(mlp)) != (Attention, MLP):
-            raise ValueError("parallelize knows no subclasses of Attention and MLP")
-        linears += [(layer.query_key_value, 0), (layer.dense, 1),  # 0 cuts outputs, 1 cuts inputs
-                    (mlp.dense_h_to_4h, 0), (mlp.dense_4h_to_h, 1)]
-        layer.num_heads //= n  # the rows of query_key_value are ordered by head
-        for module in layer, mlp:
-            module.register_forward_hook(summed, prepend=True)
-    for linear, dim in [*linears, (model.lm_head, 0)]:
+    def cut(linear: nn.Module, dim: int) -> None:
+        """Keep this process's share of the outputs of a Linear, dim = 0, or of its inputs, 1."""
         side = ("out_features", "in_features")[dim]
         axes = getattr(linear, "axes", ({"weight": 0}, {"weight": 1}))[dim]
         if dim == 0 and linear.bias is not None:
@@ -2463,6 +2447,18 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
             part = nn.Parameter(part.contiguous(), False) if is_parameter else part.clone()
             setattr(linear, name, part)
         setattr(linear, side, getattr(linear, side) // n)
+
+    whole = results()
+    for block in model.model.layers:
+        layer, mlp = block.self_attn, block.mlp
+        if (type(layer), type(mlp)) != (Attention, MLP):
+            raise ValueError("parallelize knows no subclasses of Attention and MLP")
+        layer.num_heads //= n  # the rows of query_key_value are ordered by head
+        for module, wide, narrow in ((layer, layer.query_key_value, layer.dense),
+                                     (mlp, mlp.dense_h_to_4h, mlp.dense_4h_to_h)):
+            cut(wide, 0), cut(narrow, 1)
+            module.register_forward_hook(summed, prepend=True)
+    cut(model.lm_head, 0)
     model.sample = partial(sample_together, model.sample)
     model.lm_head = nn.Sequential(model.lm_head)
     model.lm_head.register_forward_hook(gathered)  # engines leave a Linear with hooks as it is
