@@ -2095,17 +2095,15 @@ def fused_attention(attn: Attention, x: Tensor, *others: Any) -> Tensor:
 def fused_linear(linear: nn.Module, x: Tensor, norm: nn.LayerNorm | None = None,
                  residual: Tensor | None = None, square: bool = False) -> Tensor:
     """f(linear(norm(x))) + residual, (..., O), for x (..., C); f is relu(.)**2 or x."""
-    C, O = x.shape[-1], linear.out_features
-    B = x.numel() // C  # rows
+    C, O, B = x.shape[-1], linear.out_features, x.numel() // x.shape[-1]  # B rows
     is_row = B == 1 and C & -C == C  # and C a power of 2; C & -C is its largest factor 2**n
     if norm is not None and not is_row:
         x, norm = norm(x), None
     fits = B <= 16 and O % 16 == 0 and C % 16 == 0 and all(
         t is None or t.is_contiguous() for t in (linear.weight, x, residual))
-    codes = None
-    if fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C) and (
-            torch.cuda.get_device_capability(x.device) >= (8, 0)):  # it multiplies integers
-        codes = getattr(linear, "codes_by_output", None)
+    has_codes = fits and is_row and x.itemsize == 2 and C > getattr(linear, "group_size", C)
+    is_ampere = torch.cuda.get_device_capability(x.device) >= (8, 0)  # multiplies integers
+    codes = getattr(linear, "codes_by_output", None) if has_codes and is_ampere else None
     if not (codes or fits and linear.weight.shape == (O, C)):
         # By PyTorch: int4 for several texts, dense_4h_to_h in 8 bits, rare sizes.
         y = type(linear).forward(linear, x if norm is None else norm(x))
@@ -2331,9 +2329,8 @@ class CudaEngine(TableEngine):
         writes, logits (B, V); and the masks, only to keep their memory."""
         if self.stream is None or self.stream.device != ids.device:
             self.stream = torch.cuda.Stream(ids.device)
-        own_ids, wide_mask = ids.clone(), mask
-        if mask is not None:
-            wide_mask = nn.functional.pad(mask, (0, cache.keys.shape[3] - mask.shape[1]))  # (B, N)
+        own_ids, N = ids.clone(), cache.keys.shape[3]
+        wide_mask = None if mask is None else nn.functional.pad(mask, (0, N - mask.shape[1]))
         step = partial(self.next_logits, own_ids, wide_mask, CapturedCache(cache))
         with torch.cuda.device(ids.device), replaced_forward(forwards):
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -2454,9 +2451,9 @@ def parallelize(model: PersimmonForCausalLM) -> ParallelForCausalLM:
         if (type(layer), type(mlp)) != (Attention, MLP):
             raise ValueError("parallelize knows no subclasses of Attention and MLP")
         layer.num_heads //= n  # the rows of query_key_value are ordered by head
-        for module, wide, narrow in ((layer, layer.query_key_value, layer.dense),
-                                     (mlp, mlp.dense_h_to_4h, mlp.dense_4h_to_h)):
-            cut(wide, 0), cut(narrow, 1)
+        cut(layer.query_key_value, 0), cut(layer.dense, 1)
+        cut(mlp.dense_h_to_4h, 0), cut(mlp.dense_4h_to_h, 1)
+        for module in layer, mlp:
             module.register_forward_hook(summed, prepend=True)
     cut(model.lm_head, 0)
     model.sample = partial(sample_together, model.sample)
