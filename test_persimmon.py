@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -1437,6 +1437,7 @@ def reads(monkeypatch) -> Counter:
         monkeypatch.setattr(owner, operator, lambda *args, _name=name, _function=getattr(owner, operator), **options:
                             counts.update([_name]) or _function(*args, **options))
     use_cpu_engine(monkeypatch)
+    monkeypatch.setattr(persimmon, "is_unedited", lambda *functions: True)  # although KVCache.attend counts
     return counts
 
 
@@ -1512,59 +1513,41 @@ def test_transposed_kv_cache(reads, N, S, T):
             cache.keys, cache.values = (x[..., : cache.keys.shape[3] + n, :] for x in wide)
             cache.crop(S - T)
             assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
-    cache.keys, cache.values, cache.sink = cache.keys[..., :8, :], cache.values[..., :8, :], 0  # of one's own
-    cache.crop(7), reads.clear(), cache.attend(1, *(x[:, :, :1] for x in (q, q, q)), None)
-    assert reads == {"KVCache": 1}
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_cpu_engine_makes_a_cache(monkeypatch, processor):
     """Of transposed keys in 16 bit, from 4096 positions times heads on; not for bfloat16 on AMX, where SDPA is fast."""
     monkeypatch.setattr(persimmon, "cpu_has", lambda feature: feature in PROCESSORS[processor])
-    model, state = PersimmonForCausalLM(replace(CONFIGS["D64"])).eval(), torch.get_rng_state()  # 2 heads
+    model = PersimmonForCausalLM(replace(CONFIGS["D64"])).eval()  # 2 heads
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         engine, fits = CpuEngine(model.to(dtype)), dtype.itemsize == 2 and (processor, dtype) != ("AMX", torch.bfloat16)
-        for N, proven in ((2047, 0), (2049, 2049), (2048, 2049), (2050, 2050)):  # for a longer one, it is proven anew
+        for N in (2047, 2048, 2049):
             cache = engine.make_cache(3, N)
-            assert type(cache) is (TransposedKVCache if fits and proven else KVCache)
-            assert engine.compared[1] == fits * proven and cache.keys.dtype == dtype and cache.keys.shape[3] >= N
-    assert torch.equal(torch.get_rng_state(), state)  # the proof has random numbers of its own
-    CpuEngine(model.half()).make_cache(1, 2500)
-    engine, embedding_bag = CpuEngine(model), torch.nn.functional.embedding_bag
-    assert type(engine.make_cache(1, 2500)) is TransposedKVCache
-    monkeypatch.setattr(torch.nn.functional, "embedding_bag", lambda index, table, *others, **options: embedding_bag(
-        index, table, *others, **options) * (1.1 if table.dtype == torch.bfloat16 else 1))
-    for change in ("model.bfloat16()", "model.config.rope_theta = 3.0") if processor != "AMX" else ():
-        exec(change)  # after which it is compared anew, and in this dtype
+            assert type(cache) is (TransposedKVCache if fits and N > 2047 else KVCache)
+            assert cache.keys.dtype == dtype and cache.keys.shape[3] >= N
+    monkeypatch.setattr(persimmon, "KVCache", type("Own", (KVCache,), {}))
+    assert type(CpuEngine(model.half()).make_cache(1, 2500)) is persimmon.KVCache
+
+
+def test_code_that_the_cpu_engine_restates(tmp_path):
+    """Whatever its comments and layout: any change of the code is noticed, once, and then KVCache attends."""
+    layout = [("mask, one position", "maske, eine Position"), ("Store a layer", "Speichere einer Schicht"),
+              ("return attention(q, k, v, mask)\n\n", "return attention(\n            q, k, v, mask)  # !\n\n")]
+    for edits, is_edited in ((layout, False), ([("q.shape[2] > 1 else", "q.shape[2] > 2 else")], True),
+                             ([("k, v = self.keys[layer, :, :, :S]", "k, v = 2 * self.keys[layer, :, :, :S]")], True),
+                             ([("self.length = 0\n", "self.length = 1 - 1\n")], True)):
+        module = edited(tmp_path, *edits)
+        model = small_model(set_processor(module, "Zen 4"), 16).bfloat16()
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            kinds = {type(module.CpuEngine(model).make_cache(1, N)) for N in (256, 300)}
+        assert kinds == {module.KVCache if is_edited else module.TransposedKVCache}, edits
+        assert [str(w.message)[:29] for w in caught] == ["TransposedKVCache is not used"] * is_edited, edits
+    unedited = attention, KVCache.__init__, KVCache.attend
+    assert persimmon.is_unedited(*unedited)
+    for function in (torch.relu, lambda: 0, partial(attention), Mock(), wraps(attention)(lambda *args: 0)):
         with pytest.warns(match="not used"):
-            assert type(engine.make_cache(1, 2500)) is KVCache
-
-
-def test_cpu_engine_proves_its_attention(monkeypatch):
-    """Where Part I attends in another way (to one position with large scores in the last layer, to few positions, by a
-    later head to many, in a second row, in a prompt), its cache is used."""
-    attend = KVCache.attend
-    model = PersimmonForCausalLM(replace(CONFIG, num_attention_heads=6, hidden_size=96)).half()
-
-    def scale_later_heads(cache, layer, *others):
-        y = attend(cache, layer, *others)
-        y[:, 3:] *= 0.9 if cache.length > 9 and layer % 2 else 1
-        return y
-
-    def scale_later_rows(cache, *others):
-        y = attend(cache, *others)
-        y[1:] *= 0.9
-        return y
-
-    for edit in (
-            lambda cache, layer, q, *others: attend(
-                cache, layer, q.clamp(-9, 9) if layer == 3 and q.shape[2] == 1 else q, *others),
-            lambda cache, *others: attend(cache, *others) * (0.9 if cache.length < 9 else 1), scale_later_heads, scale_later_rows,
-            lambda cache, layer, q, *others: attend(cache, layer, q * (2 - (q.shape[2] < 16)), *others)):
-        engine = CpuEngine(model)
-        with monkeypatch.context() as patch, pytest.warns(match="slower: it does") as said:
-            patch.setattr(KVCache, "attend", edit)
-            assert {type(engine.make_cache(2, N)) for N in (1402, 1500, 1366)} == {KVCache} and len(said) == 1
+            assert not persimmon.is_unedited(function, *unedited[1:])
 
 
 def test_cpu_engine_uses_the_operators(reads, small):
@@ -2382,7 +2365,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2473), ("sample.py", 395), ("convert.py", 461)):
+    for name, limit in (("persimmon.py", 2449), ("sample.py", 395), ("convert.py", 461)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 594
@@ -2464,7 +2447,7 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
     (k, v), mask = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)), nn.functional.pad(mask, (0, 1), value=True)
     """ + SDPA)),
     "attend with a scale": (
-        "block attention prefill", ("""mask: Tensor | None) -> Tensor:
+        "block attention prefill cpu", ("""mask: Tensor | None) -> Tensor:
         \"\"\"Store a""", """mask: Tensor | None, scale: float = 1.0) -> Tensor:
         \"\"\"Store a"""),
         ("return attention(q, k, v, mask)\n\n    def", "return attention(q * scale, k, v, mask)\n\n    def"),
@@ -2474,7 +2457,7 @@ EDITS = {  # of Part I: what a person changes who copies the file; first, which 
         ("            input_pos, S = cache.positions(B, T)\n        if att",
          "            (input_pos, S), cache.scale = cache.positions(B, T), 3.0\n        if att")),
     "causal_mask of a window": (
-        "block attention prefill cpu", UNMASKED,
+        "block attention prefill", UNMASKED,
         ("S: int, attention_mask: Tensor | None)", "S: int, attention_mask: Tensor | None, width: int)"),
         ("causal_mask(input_pos, S, attention_mask)", "causal_mask(input_pos, S, attention_mask, 100)"),
         ("(column <= row)[None, None]", "((column <= row) & (row - column < width))[None, None]"))}
@@ -2484,6 +2467,7 @@ def set_processor(module: ModuleType, processor: str) -> ModuleType:
     """However small the matrices and the cache are, the products that are chosen on a processor; for a copy."""
     module.CpuEngine.large, module.TransposedKVCache.block = 0, 64
     module.cpu_has = lambda feature: feature in PROCESSORS[processor]
+    module.is_unedited.cache_clear()
     return module
 
 
