@@ -2014,11 +2014,11 @@ class StaticCache(KVCache):
 
 
 class CapturedCache(StaticCache):
-    """A StaticCache, in the same memory, in a pass that is captured. The length is not known before
-    a replay: positions come from `position`, S is N, and only the kernel can attend."""
+    """A StaticCache, in the same memory, in a pass that is captured. It has no `length`, which each
+    replay changes: positions come from `position`, S is N, and only the kernel can attend."""
 
     def __init__(self, cache: StaticCache) -> None:
-        vars(self).update(vars(cache))
+        vars(self).update((name, x) for name, x in vars(cache).items() if name != "length")
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
@@ -2036,7 +2036,8 @@ def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask
     this is one kernel. For T > 1, the kernel only does norms, RoPE and the cache, and SDPA attends,
     as it is faster. Raises ValueError for shapes that the kernel would misread."""
     (B, T, _), (_, rows, H, N, D), (cos, sin) = qkv.shape, cache.keys.shape, rope
-    keys, values, S = cache.keys[attn.layer], cache.values[attn.layer], cache.length + T
+    keys, values = cache.keys[attn.layer], cache.values[attn.layer]  # (B, H, N, D)
+    S, splits = N if isinstance(cache, CapturedCache) else cache.length + T, cache.splits * (T == 1)
     norms = [attn.q_layernorm, attn.k_layernorm]
     weights = [p for norm in norms for p in norm.parameters()] or [None] * 4
     if not all((qkv.shape == (rows, T, 3 * H * D), (attn.num_heads, attn.head_dim) == (H, D),
@@ -2046,14 +2047,13 @@ def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask
                 *(p is None or p.shape == (D,) for p in weights),
                 mask is None or T > 1 or mask.dtype == torch.bool)):
         raise ValueError("shapes or dtypes are not those of the kernel")
-    splits, width = (cache.splits if T == 1 else 0), (N if isinstance(cache, CapturedCache) else S)
-    seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, width).contiguous()
+    seen = None if mask is None or T > 1 else mask.expand(B, 1, 1, S).contiguous()
     out = qkv.new_empty(B, T, H, D)
     split_out = qkv.new_empty(B * H, splits, D, dtype=torch.float32)
     split_lse = qkv.new_empty(B * H, splits, dtype=torch.float32)
     triton_kernels()["attention"][B * H, T, max(splits, 1)](
         qkv.contiguous(), *weights, *(getattr(norm, "eps", 0.0) for norm in norms),
-        cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, width,
+        cos.contiguous(), sin.contiguous(), 0 if len(cos) == 1 else cos[0].numel(), seen, S,
         keys, values, cache.position, out, split_out, split_lse, cache.arrived, T, N, H, D,
         2 * cos.shape[3], max(16, min(32, 4096 // (D * qkv.itemsize))), splits, num_warps=1,
         enable_fp_fusion=True)  # the default; Triton 3.9 warns that it will change
@@ -2193,7 +2193,7 @@ class CudaEngine(TableEngine):
         self.forwards = {"block": {}, "attention": {}}
         if all(is_unmodified(m, *kinds) for m in layers + norms):
             self.forwards["attention"] = {m: PassForward(fused_attention, m) for m in layers}
-        if all(is_unmodified(m, *kinds) for m in inside):
+        if blocks and all(is_unmodified(m, *kinds) for m in inside):  # a head alone is not compared
             self.forwards["block"] = {m: PassForward(fused_block, m, self.tables) for m in blocks}
             if is_unmodified(head := getattr(self.model, "lm_head", None), *kinds):
                 self.forwards["block"][head] = PassForward(fused_linear, head)

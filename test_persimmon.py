@@ -2169,6 +2169,22 @@ def test_another_class_that_uses_the_cache_is_not_captured(small, monkeypatch, p
             check_is_as_plain(small, random_ids(small.config, rows, 9))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="here the CPU stands for a GPU")
+@pytest.mark.parametrize("has_blocks", [True, False])
+def test_a_module_that_counts_positions_is_not_captured(small, monkeypatch, has_blocks):
+    """By cache.length, or, where no Block is left, by itself: a graph would repeat what there was at the capture."""
+    class Own(torch.nn.Module):
+        def forward(self, x, rope, mask, cache):
+            self.count = 0 if x.shape[1] > 1 else self.count + 1
+            places = torch.arange(48) * (9 + cache.length if has_blocks else 9 + self.count)
+            return x + places.sin()
+
+    use_cuda_engine(monkeypatch)
+    small.model.layers = torch.nn.ModuleList([*small.model.layers] * has_blocks + [Own()]).eval()
+    with pytest.warns(match="no attribute 'length'") if has_blocks else contextlib.nullcontext():
+        check_is_as_plain(small, random_ids(small.config, 1, 9))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_a_captured_graph_keeps_what_it_reads(small):
     """Memory that is free after the capture, filled with NaN, changes nothing."""
