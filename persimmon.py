@@ -805,7 +805,8 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
                          f"of this config.json ({len(extra)} unexpected in all)")
 
     if dtype == "auto":
-        dtype = config.dtype or next(t.dtype for t in stored.values() if t.is_floating_point())
+        dtypes = (t.dtype for t in stored.values() if t.is_floating_point())
+        dtype = config.dtype or next(dtypes, torch.float32)  # without any, all are refused below
     target = as_dtype(dtype)
     for count, (name, tensor) in enumerate(stored.items(), 1):
         empty, what = state[full_names[name]], f"{folder} has the tensor {name}"
