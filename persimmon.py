@@ -751,9 +751,12 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{index} lists {shard}, which is not a file of its folder")
         file.open("rb").close()  # PermissionError: load_file would say that there is no such file
         try:
-            tensors |= load_file(file)
+            new = load_file(file)
         except SafetensorError as error:
             raise unreadable(file, "safetensors file", error) from None
+        if twice := tensors.keys() & new.keys():
+            raise ValueError(f"{file} has the tensor {min(twice)}, and so has another file")
+        tensors |= new
     return tensors
 
 
