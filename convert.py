@@ -188,13 +188,15 @@ class Window(io.FileIO):
 
 
 class Archive:
-    """A torch.save file: a zip of records. It can be a part of what `window` reads."""
+    """A torch.save file: a zip of uncompressed records. It can be a part of what `window` reads."""
 
     def __init__(self, window: Window, part: IO[bytes] | None = None) -> None:
         self.path = window.name
         with reading(self.path):
             self.zip = zipfile.ZipFile(part or window)
             self.members = {m.filename.partition("/")[2]: m for m in self.zip.infolist()}
+            if any(member.compress_type for member in self.members.values()):  # 4 KB can be 4 GB
+                raise ValueError("it is compressed: save it again with torch.save")
             order = self.members.get("byteorder")
             if order is not None and self.zip.open(order).read(9) != b"little":
                 raise ValueError("it is in big-endian order, which is not supported")

@@ -2396,7 +2396,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2453), ("sample.py", 395), ("convert.py", 461)):
+    for name, limit in (("persimmon.py", 2453), ("sample.py", 395), ("convert.py", 463)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 594
@@ -3298,11 +3298,11 @@ def test_damaged_archives(tmp_path, make, weights, refused):
     for old, options in ((head, []), (head, ["--quantize", "int8"]), (b"lm_head", [])):
         file.write_bytes(good.replace(old, bytes([old[0] ^ 1]) + old[1:]))
         refused("pytorch_model.bin is .*Bad CRC-32 for file .*data", file.parent, out, *options)
-    (file.parent / "x.bin").write_bytes(good)  # with compression it is read, too
-    with zipfile.ZipFile(file.parent / "x.bin") as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    assert converted(file.parent, out) == 0 and is_saved(weights, out)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):  # of the latter, 5 KB took 8 GB and half a minute
+        with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(file, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name), method if name.endswith("byteorder") else None)
+        refused("pytorch_model.bin .*it is compressed", file.parent, out)
 
 
 def test_convert_refuses_an_output(tmp_path, refused, monkeypatch):
