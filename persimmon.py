@@ -92,10 +92,10 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions (B, T), each (B, T, 1, R/2): the 1 broadcasts over heads.
 
-    Rotary position embedding (RoPE; Su et al., arXiv 2104.09864) rotates pair i, of R/2, by the
-    angle p * theta**(-2i/R) at position p. The slowest pair turns once in 2 pi theta**(1 - 2/R) =
-    83,000 positions, five contexts; with the usual theta of 10000, it would be two. Angles are
-    computed in float32, as bfloat16 rounds 257 to 256; then the tables are rounded to `dtype`.
+    Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): position p rotates pair i by the
+    angle p * theta**(-2i/R), i = 0 ... R/2 - 1. The slowest pair turns once in 2 pi theta**(1 -
+    2/R) = 83,000 positions, five contexts; with the usual theta of 10000, it would be two. Angles
+    are in float32, as bfloat16 rounds position 257 to 256. Only the tables are rounded to `dtype`.
     """
     R = config.rotary_dim
     two_i = torch.arange(0, R, 2, dtype=torch.float32, device=position_ids.device)  # (R/2)
@@ -116,7 +116,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     """Which of S positions each of T new ones sees: bool (1, 1, T, S) or (B, 1, T, S), or None.
 
     Rows are the new positions, at the cache indices input_pos (T); columns are all cache indices.
-    Each position sees itself and all before it. Without padding, only the last case needs a mask:
+    A position sees itself and all before it. Without padding, only the last case needs a mask:
         T = S      nothing is cached: `attention` sets SDPA's `is_causal`, so None
         T = 1      the one new position sees everything, so None
         1 < T < S  new positions after cached ones: row t sees columns 0 ... S - T + t. `is_causal`
@@ -124,7 +124,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     Zeros in attention_mask (B, S) hide padding, in all three cases. But padding sees itself: a row
     without any True would be 0/0 in the softmax, and SDPA may return NaN.
     For another pattern, like a sliding window, delete the `if` below and edit `mask`. Do not use S
-    there: CUDA may pass N. A float32 mask works too: it is added to the scores, but more slowly.
+    there: CUDA may pass N. A mask of floats, in q's dtype, is added to the scores; it is slower.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -147,8 +147,8 @@ class KVCache:
     """Keys (after RoPE) and values of all positions so far, so that a pass computes only new ones.
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
-    the 8B in 16 bit. Only the first `length` are in use. Without torch.no_grad(), it would keep all
-    graphs, and backward would fail. One pass over T tokens and T passes over one round differently.
+    the 8B in 16 bit. Only the first `length` are in use. Use it under torch.no_grad(), or it keeps
+    every graph, and backward fails. One pass over T tokens rounds unlike T passes over one.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
