@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import torch
 from torch.utils.benchmark import Timer
@@ -1551,18 +1551,57 @@ def test_code_that_the_cpu_engine_restates(tmp_path):
               ("return attention(q, k, v, mask)\n\n", "return attention(\n            q, k, v, mask)  # !\n\n")]
     for edits, is_edited in ((layout, False), ([("q.shape[2] > 1 else", "q.shape[2] > 2 else")], True),
                              ([("k, v = self.keys[layer, :, :, :S]", "k, v = 2 * self.keys[layer, :, :, :S]")], True),
-                             ([("self.length = 0\n", "self.length = 1 - 1\n")], True)):
+                             ([("self.length = 0\n", "self.length = 1 - 1\n")], True),
+                             ([(":, :S], self", ":S, :], self")], True), ([(":, :S], self", ":, S:], self")], True),
+                             ([("return attention(q, k, v, mask)\n\n", """# \"""An edit, no text:
+        v = v * 2
+        # \"""
+        return attention(q, k, v, mask)\n\n""")], True)):
         module = edited(tmp_path, *edits)
         model = small_model(set_processor(module, "Zen 4"), 16).bfloat16()
         with warnings.catch_warnings(record=True, action="always") as caught:
             kinds = {type(module.CpuEngine(model).make_cache(1, N)) for N in (256, 300)}
         assert kinds == {module.KVCache if is_edited else module.TransposedKVCache}, edits
         assert [str(w.message)[:29] for w in caught] == ["TransposedKVCache is not used"] * is_edited, edits
-    unedited = attention, KVCache.__init__, KVCache.attend
+    unedited = attention.__code__, KVCache.__init__.__code__, KVCache.attend.__code__
     assert persimmon.is_unedited(*unedited)
-    for function in (torch.relu, lambda: 0, partial(attention), Mock(), wraps(attention)(lambda *args: 0)):
-        with pytest.warns(match="not used"):
-            assert not persimmon.is_unedited(function, *unedited[1:])
+    with pytest.warns(match="checksum is None"):  # not to be copied: functions without a source would have it too
+        assert not persimmon.is_unedited((lambda *args: 0).__code__, *unedited[1:])
+
+
+class Unhashable:
+    __hash__ = None
+    __call__ = staticmethod(attention)
+
+
+@pytest.mark.parametrize("function", [torch.relu, lambda: 0, partial(attention), Mock(), Unhashable(),
+                                      wraps(attention)(lambda *args: 0), FunctionType(attention.__code__, {}), torch.compile(attention)])
+def test_attention_that_was_replaced(monkeypatch, function):
+    """Whatever it is: without a source, or with the same one, but other globals."""
+    model = PersimmonForCausalLM(replace(CONFIGS["D64"])).eval().half()
+    persimmon.is_unedited.cache_clear()
+    assert type(CpuEngine(model).make_cache(1, 2500)) is TransposedKVCache
+    monkeypatch.setattr(persimmon, "attention", function)
+    with pytest.warns(match="not used"):
+        assert type(CpuEngine(model).make_cache(1, 2500)) is KVCache
+
+
+def test_source_that_has_changed_since(tmp_path):
+    """Also to what Python cannot tokenize: then KVCache attends."""
+    module = edited(tmp_path)
+    model = small_model(set_processor(module, "Zen 4"), 16).bfloat16()
+    Path(module.__file__).write_text(SOURCE.replace("def attention(", "def attention(((("))
+    with pytest.warns(match="checksum is None"):
+        assert type(module.CpuEngine(model).make_cache(1, 300)) is module.KVCache
+
+
+def test_torch_compile_of_the_transposed_cache():
+    """In one graph: what decides about it is not traced."""
+    cache = TransposedKVCache(CONFIGS["D64"], 1, 64, torch.float32, "cpu")
+    q = torch.randn(1, 2, 1, 64)
+    attend = torch.compile(lambda: cache.attend(0, q, q, q, None), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert close(attend(), q, 1e-6)
 
 
 def test_cpu_engine_uses_the_operators(reads, small):
