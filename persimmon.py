@@ -1392,7 +1392,8 @@ class CpuEngine(TableEngine):
         """A TransposedKVCache in 16 bit, unless the cache is short, yours, or SDPA is faster."""
         config, dtype, cache = self.model.config, self.model.dtype, super().make_cache(B, N, device)
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
-        is_yours = type(cache) not in TransposedKVCache.__bases__
+        is_yours = type(cache) not in TransposedKVCache.__bases__ or not inspect.isbuiltin(
+            nn.functional.scaled_dot_product_attention)  # somebody has replaced it
         is_short = config.num_attention_heads * N < 4096
         if is_yours or is_short or dtype.itemsize > 2 or has_fast_sdpa:
             return cache
