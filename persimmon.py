@@ -1392,14 +1392,13 @@ class CpuEngine(TableEngine):
         """A TransposedKVCache in 16 bit, unless the cache is short, yours, or SDPA is faster."""
         config, dtype, cache = self.model.config, self.model.dtype, super().make_cache(B, N, device)
         has_fast_sdpa = dtype == torch.bfloat16 and cpu_has("amx_tile")
-        is_yours = type(cache) not in TransposedKVCache.__bases__ or not inspect.isbuiltin(
-            nn.functional.scaled_dot_product_attention)  # somebody has replaced it
+        is_yours = type(cache) not in TransposedKVCache.__bases__
         is_short = config.num_attention_heads * N < 4096
-        if is_yours or is_short or dtype.itemsize > 2 or has_fast_sdpa:
+        is_patched = not inspect.isbuiltin(nn.functional.scaled_dot_product_attention)
+        if is_yours or is_short or is_patched or dtype.itemsize > 2 or has_fast_sdpa:
             return cache
-        names = engine_for.__globals__  # this file's; a copy of a function elsewhere has others
-        codes = [getattr(f, "__globals__", None) is names and f.__code__
-                 for f in (attention, KVCache.__init__, KVCache.attend)]
+        codes = [getattr(function, "__code__", None)
+                 for function in (attention, KVCache.__init__, KVCache.attend)]
         return TransposedKVCache(config, B, N, dtype, "cpu") if is_unedited(*codes) else cache
 
     def prefill(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:

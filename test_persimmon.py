@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.utils.benchmark import Timer
@@ -1573,15 +1573,11 @@ def test_code_that_the_cpu_engine_restates(tmp_path):
         assert not persimmon.is_unedited((lambda *args: 0).__code__, *unedited[1:])
 
 
-class Unhashable:
-    __hash__ = None
-    __call__ = staticmethod(attention)
-
-
-@pytest.mark.parametrize("function", [torch.relu, lambda: 0, partial(attention), Mock(), Unhashable(),
-                                      wraps(attention)(lambda *args: 0), FunctionType(attention.__code__, {}), torch.compile(attention)])
+@pytest.mark.parametrize("function", [
+    torch.relu, lambda: 0, partial(attention), wraps(attention)(lambda *args: 0), torch.compile(attention),
+    type("Unhashable", (), {"__hash__": None, "__call__": staticmethod(attention)})()])
 def test_attention_that_was_replaced(monkeypatch, function):
-    """Whatever it is: without a source, or with the same one, but other globals."""
+    """Whatever it is, and with whatever source."""
     model = PersimmonForCausalLM(replace(CONFIGS["D64"])).eval().half()
     persimmon.is_unedited.cache_clear()
     assert type(CpuEngine(model).make_cache(1, 2500)) is TransposedKVCache
@@ -1928,7 +1924,7 @@ def test_fused_attend_runs(kernels, T):
             assert (a.float() - b).norm() < limit * b.norm(), (*case, D, R, config.qk_layernorm, cache.splits)
         exact_k.copy_(k)
         assert torch.equal(cache.keys.float(), exact.keys) and torch.equal(cache.values.float(), exact.values), case
-        assert not cache.arrived.any() and cache.length == cached, case  # ready for the next launch
+        assert not cache.arrived.any(), case  # ready for the next launch
 
 
 def test_fused_attend_refuses_what_the_kernel_can_not_index(monkeypatch):
@@ -2439,7 +2435,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2454), ("sample.py", 395), ("convert.py", 463)):
+    for name, limit in (("persimmon.py", 2453), ("sample.py", 395), ("convert.py", 463)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 594
