@@ -1111,8 +1111,8 @@ __all__ = ["PersimmonConfig", "PersimmonModel", "PersimmonForCausalLM", "KVCache
 #
 # An engine replaces the `forward` of modules, but only during its own passes, and only if they are
 # unmodified. Code that repeats what Part I computes first finds out whether it still does, so you
-# can edit Part I: on CUDA it is compared with the model's own blocks, and by `parallelize` with the
-# attention and MLP of the first two; on CPUs, the code of `attention` and KVCache has a checksum.
+# can edit Part I: on CUDA it is compared with the model's own blocks, by `parallelize` with the
+# attention and MLP of the first two, and on CPUs a checksum tells if attention was edited.
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
