@@ -747,7 +747,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted({*shards.values()}):
         file = folder / shard
-        if file.parent != folder or not file.is_file():
+        if Path(shard).name != shard or not file.is_file():
             raise FileNotFoundError(f"{index} lists {shard}, which is not a file of its folder")
         file.open("rb").close()  # PermissionError: load_file would say that there is no such file
         try:
@@ -875,8 +875,8 @@ def staging(folder: Path) -> Iterator[Path]:
     all other weights, and with a tokenizer.model the rest of another tokenizer. ValueError if
     another process is saving there; OSError is passed on."""
     folder = Path(os.path.realpath(folder))  # follows a link: a rename can't go to another disk
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    scratch = folder.with_name(f"{folder.name}.unfinished") if missing else folder / ".unfinished"
+    exists = folder.exists()
+    scratch = folder / ".unfinished" if exists else folder.with_name(f"{folder.name}.unfinished")
     new = scratch / "new"
     scratch.mkdir(parents=True, exist_ok=True)
     if scratch.is_symlink() or not {*os.listdir(scratch)} <= {"new", "lock"}:
@@ -893,7 +893,7 @@ def staging(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
             new.mkdir()
             yield new
-            if missing:
+            if not exists:
                 new.rename(folder)  # fails if something is there by now
                 return
             settle(folder)
@@ -909,9 +909,6 @@ def staging(folder: Path) -> Iterator[Path]:
                 (folder / name).unlink()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            with suppress(OSError):  # it holds something
-                for parent in missing[1:]:
-                    parent.rmdir()
 
 
 def save(model: PersimmonPreTrainedModel, folder: Path) -> None:
@@ -2013,6 +2010,7 @@ class StaticCache(KVCache):
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def crop(self, length: int) -> None:
+        """As in KVCache, on the GPU too."""
         super().crop(length)
         self.position.fill_(length)
 
@@ -2025,12 +2023,14 @@ class CapturedCache(StaticCache):
         vars(self).update((name, x) for name, x in vars(cache).items() if name != "length")
 
     def positions(self, B: int, T: int) -> tuple[Tensor, int]:
+        """As in KVCache, but computed on the GPU: a replay does it anew."""
         return self.position + torch.arange(T, device=self.position.device), self.keys.shape[3]
 
     def crop(self, length: int) -> None:
         """Does nothing: `decode` crops the StaticCache after each replay."""
 
     def attend(self, *args: Any) -> Tensor:
+        """Fails, as it would need the length; then the model is not captured."""
         raise NotImplementedError("a module that is not this file's calls cache.attend")
 
 

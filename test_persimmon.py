@@ -2431,7 +2431,7 @@ def test_nothing_refers_upward():
         hidden = set().union(*defined.values()) - torchs.union(*(defined[p] for p in ("", *PARTS[: min(i, 3)], part)))
         words = {getattr(n, "id", None) or getattr(n, "attr", None) for n in nodes[part]}
         words |= {n.value for n in nodes[part] if isinstance(n, ast.Constant)} & functions
-        assert not words & (hidden | {"globals", "exec", "__import__"}), part
+        assert not (wrong := words & (hidden | {"globals", "exec", "__import__"})), (part, wrong)
 
 
 def test_size():
@@ -3256,7 +3256,7 @@ def test_convert_refuses_a_source(tmp_path, make, weights, refused, monkeypatch)
         ("lm_head.weight .*there are two", weights, {"lm_head.weight": head})):
         refused(message, make.hub(*contents), out)
     refused("there is no .*nothing", tmp_path / "nothing", out)
-    refused("No such file", tmp_path / "nothing", tmp_path / "new" / "parents" / "out", "--verify")
+    refused("No such file", tmp_path / "nothing", out, "--verify")
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
         with monkeypatch.context() as patch:
             patch.setattr(zipfile.ZipExtFile, "readinto", Mock(side_effect=error))
