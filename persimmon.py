@@ -1463,13 +1463,15 @@ class QuantizedLinear(nn.Module):
         names, side = ("weight", "scale"), int(self.is_by_input)
         for name, empty in zip(names, self.quantize_weight(weight.to("meta"))):
             self.register_buffer(name, torch.empty_like(empty, device=weight.device))
-        parts = () if weight.is_meta else weight.split(64, side)  # outputs, or inputs
+        parts = () if weight.is_meta else weight.split(4096, side)  # outputs, or inputs
         starts = dict.fromkeys(names, 0)
         for done, part in enumerate(parts, start=1):
-            for name, tensor in zip(names, self.quantize_weight(part)):
+            pieces = zip(*map(self.quantize_weight, part.split(64, side)))  # what fits a cache
+            for name, tensors in zip(names, pieces):
                 axis, start = self.axes[side][name], starts[name]
-                starts[name] += tensor.shape[axis]
-                getattr(self, name).narrow(axis, start, tensor.shape[axis]).copy_(tensor)
+                starts[name] += sum(tensor.shape[axis] for tensor in tensors)
+                target = getattr(self, name).narrow(axis, start, starts[name] - start)
+                torch.cat(tensors, axis, out=target)
             progress(done / len(parts))
         self.train(linear.training)
 

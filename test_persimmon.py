@@ -1803,7 +1803,7 @@ def test_quantize_model(folders, tmp_path, kind, group_size):
     ids, fractions, quantization = random_ids(CONFIGS["D64"]), [], {"quantize": kind, "group_size": group_size}
     plain, model, loaded = (PersimmonForCausalLM.from_pretrained(folders["D64"], **o) for o in ({}, {}, quantization))
     persimmon.QUANTIZERS[kind](model, kind, group_size, fractions.append)
-    assert len(fractions) > 13 and fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert len(fractions) == 13 and fractions == sorted(fractions) and fractions[-1] == 1.0
     assert not any(module.training for module in model.modules())
     assert model.config == model.model.config == loaded.config == replace(plain.config, quantization=quantization)
     for name, linear in plain.named_modules():
@@ -1822,6 +1822,14 @@ def test_quantize_model(folders, tmp_path, kind, group_size):
     model.model.save_pretrained(tmp_path / "inner")  # a model in its own right
     for folder in (tmp_path, tmp_path / "inner"):
         assert torch.equal(PersimmonModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+
+
+@each_format
+def test_a_matrix_of_several_parts(cls, group_size):
+    """They lie one behind the other."""
+    linear, fractions = torch.nn.Linear(*((4200, 128) if cls is Int8SparseLinear else (128, 4200))), []
+    error = dequantized(cls(linear, group_size, fractions.append)) - linear.weight
+    assert error.norm() < (0.12 if cls is Int4Linear else 0.01) * linear.weight.norm() and fractions == [0.5, 1.0]
 
 
 def test_quantizing_while_loading_frees_what_it_replaces(folders, monkeypatch):
@@ -2435,7 +2443,7 @@ def test_nothing_refers_upward():
 
 
 def test_size():
-    for name, limit in (("persimmon.py", 2453), ("sample.py", 395), ("convert.py", 463)):
+    for name, limit in (("persimmon.py", 2455), ("sample.py", 395), ("convert.py", 463)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= limit and max(map(len, lines)) <= 100
     assert len(split_source()[""]) + len(split_source()["I"]) <= 594
