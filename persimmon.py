@@ -138,7 +138,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Without a
-    mask, one position sees all S, and several, with T = S, attend causally."""
+    mask, a single position sees all S; several (then T = S) see themselves and those before."""
     is_causal = True if mask is None and q.shape[2] > 1 else False  # torch.compile wants a bool
     return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
@@ -175,8 +175,8 @@ class KVCache:
         return attention(q, k, v, mask)
 
     def crop(self, length: int) -> None:
-        """Set `length`: lower to forget positions, higher once all layers have stored new ones.
-        Call this instead of assigning it: on CUDA, `length` has a copy."""
+        """Set `length`: lower, to forget the last positions; higher, once every layer has stored
+        new ones. Do not assign `length` itself: on CUDA, it has a copy to keep in step."""
         self.length = length
 
 
@@ -521,8 +521,8 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Except
     for rounding, rows do not depend on each other. Row b uses seed + b; without a seed, each call
     draws one. Make a `cache` with engine_for(model).make_cache(B, N). If it holds the start of
-    unpadded prompts, still pass them whole: only the rest is computed. Ids are not compared: first
-    crop the cache to what the prompts share with it. A row ends for one of these reasons:
+    unpadded prompts, still pass them whole: only the rest is computed. It does not compare ids, so
+    crop the cache first to the start that they share. A row ends for one of these reasons:
         "stop"     it has one of stop_ids, by default eos_token_id
         "length"   it has max_new_tokens
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -2033,7 +2033,7 @@ class CapturedCache(StaticCache):
 
     def attend(self, *args: Any) -> Tensor:
         """Fails, as it would need the length; then the model is not captured."""
-        raise NotImplementedError("a module that is not this file's calls cache.attend")
+        raise RuntimeError("a module that is not this file's calls cache.attend")
 
 
 def fused_attend(attn: Attention, qkv: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
