@@ -1551,7 +1551,7 @@ def test_cpu_engine_makes_a_cache(monkeypatch, processor):
 
 def test_code_that_the_cpu_engine_restates(tmp_path):
     """Whatever its comments and layout: any change of the code is noticed, once, and then KVCache attends."""
-    layout = [("mask, one position", "maske, eine Position"), ("Store a layer", "Speichere einer Schicht"),
+    layout = [("mask, a single position", "maske, eine Position"), ("Store a layer", "Speichere einer Schicht"),
               ("return attention(q, k, v, mask)\n\n", "return attention(\n            q, k, v, mask)  # !\n\n")]
     for edits, is_edited in ((layout, False), ([("q.shape[2] > 1 else", "q.shape[2] > 2 else")], True),
                              ([("k, v = self.keys[layer, :, :, :S]", "k, v = 2 * self.keys[layer, :, :, :S]")], True),
