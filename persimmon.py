@@ -32,7 +32,7 @@ persimmon-ai-labs/adept-inference):
  4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
  5. Every Linear and every norm has a bias, except lm_head, which is not tied to the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
- 7. Ids 3 to 70002 are reserved for images and unused. Their logits stay near -17.
+ 7. Ids 3 to 70002 are unused, reserved for images: transformers' test has their logits at -16.9.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PersimmonConfig:
     num_attention_heads: int = 64  # H
     max_position_embeddings: int = 16384  # the context: tokens of prompt and answer together
     hidden_dropout: float = 0.0  # in training, on the MLP's output
-    attention_dropout: float = 0.0  # in training, on the attention weights
+    attention_dropout: float = 0.0  # in training without a cache, on the attention weights
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02  # standard deviation of new weights
     qk_layernorm: bool = True
@@ -71,7 +71,7 @@ class PersimmonConfig:
     eos_token_id: int | list[int] | None = 71013  # generation stops at any of them
     pad_token_id: int | None = None
     dtype: str | None = None  # of stored weights, e.g. "bfloat16"; from_pretrained's default
-    num_labels: int = 2  # of a classifier; in config.json, the length of id2label
+    num_labels: int = 2  # of a classifier; if config.json has id2label, its length
     id2label: dict[str, str] | None = None  # "0", "1", ... -> the label's name
     problem_type: str | None = None  # of sequence classification; None: see classification_loss
     classifier_dropout: float | None = None  # of token classification; None: hidden_dropout
@@ -93,8 +93,8 @@ def rope_tables(position_ids: Tensor, config: PersimmonConfig,
     """Cosines and sines for positions (B, T), each (B, T, 1, R/2): the 1 broadcasts over heads.
 
     Rotary position embedding (RoPE; Su et al., arXiv 2104.09864): position p rotates pair i by the
-    angle p * theta**(-2i/R), i = 0 ... R/2 - 1. The slowest pair turns once in 2 pi theta**(1 -
-    2/R) = 83,000 positions, five contexts; with the usual theta of 10000, it would be two. Angles
+    angle p * theta**(-2i/R), i = 0 ... R/2 - 1. In the 8B, the slowest pair turns once in 2 pi
+    theta**(1 - 2/R) = 83,000 positions, or five contexts (two with the usual theta 10000). Angles
     are in float32, as bfloat16 rounds position 257 to 256. Only the tables are rounded to `dtype`.
     """
     R = config.rotary_dim
@@ -123,8 +123,8 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
                    is wrong here: its triangle starts at the top left, not at the bottom right.
     Zeros in attention_mask (B, S) hide padding, in all three cases. But padding sees itself: a row
     without any True would be 0/0 in the softmax, and SDPA may return NaN.
-    For another pattern, like a sliding window, delete the `if` below and edit `mask`. Do not use S
-    there: CUDA may pass N. A mask of floats, in q's dtype, is added to the scores; it is slower.
+    For another pattern, like a sliding window, delete the `if` below and make `mask` of row and
+    column, not of S: CUDA may pass N. Floats, in q's dtype, are added to the scores, but slower.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -176,13 +176,13 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Set `length`: lower, to forget the last positions; higher, once every layer has stored
-        new ones. Do not assign `length` itself: on CUDA, it has a copy to keep in step."""
+        new ones. Do not assign `length` itself: on CUDA, a copy on the GPU has to follow."""
         self.length = length
 
 
 class Attention(nn.Module):
-    """Self-attention. Without the norms of q and k, scores can grow in training until the softmax
-    saturates (Dehghani et al., arXiv 2302.05442)."""
+    """Self-attention. Without the LayerNorms of q and k, scores can grow in training until the
+    softmax saturates (Dehghani et al., arXiv 2302.05442)."""
 
     def __init__(self, config: PersimmonConfig, layer: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class ModelOutput(NamedTuple):
 class HeadOutput(NamedTuple):
     """What a model with a head returns."""
     loss: Tensor | None  # the mean, in nats, float32; None without labels
-    logits: Tensor
+    logits: Tensor  # (B, T, V); of classifiers (B, num_labels) or (B, T, num_labels)
 
 
 class PersimmonPreTrainedModel(nn.Module):
@@ -269,7 +269,7 @@ class PersimmonPreTrainedModel(nn.Module):
         for m in (self if part is None else part).modules():
             if not isinstance(m, (nn.Linear, nn.Embedding)):
                 getattr(m, "reset_parameters", lambda: None)()
-            elif not m.weight.is_meta:  # where normal_ takes 2 s
+            elif not m.weight.is_meta:  # on meta, the first normal_ takes 2 s
                 nn.init.normal_(m.weight, std=self.config.initializer_range)
                 if getattr(m, "bias", None) is not None:
                     nn.init.zeros_(m.bias)
@@ -365,8 +365,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel):
                 logits_to_keep: int = 0) -> HeadOutput:
         """Logits (B, T, V); with logits_to_keep = n > 0, only those of the last n positions.
 
-        labels (B, T) are input_ids, not shifted: logits at t predict the label at t + 1. Padding
-        and a text's first token get -100, which is no label. The rest is as in PersimmonModel.
+        labels (B, T) are input_ids, not shifted: logits at t predict the label at t + 1. Set those
+        of padding and of a text's first token to -100: no label. The rest is as in PersimmonModel.
         """
         if logits_to_keep < 0 or (labels is not None and logits_to_keep > 0):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: 0 is all, and a loss needs all")
@@ -460,11 +460,11 @@ class Engine:
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
     # `prefill` reads the prompt, `decode` one more token per row. To change both, edit next_logits,
-    # which Part III's engines call too. A subclass has to override all three.
+    # which Part III's engines call too. (In a subclass, that changes only next_logits itself.)
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Do the slow work of the first `decode` now, and report progress."""
+        """Do what makes the first `decode` slow now: here nothing. progress gets the fraction."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
@@ -476,7 +476,7 @@ ENGINES: dict[str, type[Engine]] = {}  # by device; Part III's register themselv
 
 
 def engine_for(model: PersimmonForCausalLM) -> Engine:
-    """The device's engine; the plain one in training, under autocast, and if not model.fast."""
+    """The device's engine; plain in training, under autocast, if compiled, or if not model.fast."""
     device, is_compiled = model.device.type, model._compiled_call_impl is not None  # by .compile()
     is_fast = device in ENGINES and model.fast and not model.training and not is_compiled
     kind = ENGINES[device] if is_fast and not torch.is_autocast_enabled(device) else Engine
@@ -520,9 +520,9 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
 
     The prompts are input_ids (B, T); attention_mask (B, T) is 0 at padding, on either side. Except
     for rounding, rows do not depend on each other. Row b uses seed + b; without a seed, each call
-    draws one. Make a `cache` with engine_for(model).make_cache(B, N). If it holds the start of
-    unpadded prompts, still pass them whole: only the rest is computed. It does not compare ids, so
-    crop the cache first to the start that they share. A row ends for one of these reasons:
+    draws one (not by torch.manual_seed). Make a `cache` with engine_for(model).make_cache(B, N). If
+    it holds the start of unpadded prompts, still pass these whole: only the rest is computed. Ids
+    are not compared: first crop it to the start that they share. A row ends for these reasons:
         "stop"     it has one of stop_ids, by default eos_token_id
         "length"   it has max_new_tokens
         "context"  it has max_position_embeddings tokens, or `cache` is full
@@ -539,7 +539,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
     B, T = ids.shape
     lengths = mask.sum(1).tolist()  # of the prompts, without padding
     is_padded = min(lengths) < T
-    steps = min(max_new_tokens, context - min(lengths))
+    steps = min(max_new_tokens, context - min(lengths))  # until the shortest fills the context
     N = T + steps - 1 if cache is None else cache.keys.shape[3]  # the last token is not stored
     steps = min(steps, N + 1 - T)
     if max(lengths) >= context or steps < 1:
@@ -567,7 +567,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             next_logits = engine.prefill if step == 1 else engine.decode
             logits = next_logits(new, mask, cache)  # (B, V)
             penalized = logits
-            if (r := repetition_penalty) != 1:  # Keskar et al., arXiv 1909.05858
+            if (r := repetition_penalty) != 1:  # of ids in prompt and answer (arXiv 1909.05858)
                 penalized = torch.where(logits > 0, logits / r, logits * r)  # (B, V)
                 penalized = torch.where(seen, penalized, logits)  # (B, V)
             new = model.sample(penalized, generators, temperature, top_k, top_p, min_p)[:, None]
@@ -580,7 +580,7 @@ def generate(model: PersimmonForCausalLM, input_ids: Tensor, attention_mask: Ten
             raise FloatingPointError(f"token {step}: the logits are NaN in {model.dtype}: {cause}")
         for b, token in enumerate(tokens):
             if reasons[b] is not None:
-                tokens[b], logprobs[b] = pad, 0.0  # only here: the model reads the sampled token
+                tokens[b], logprobs[b] = pad, 0.0  # in the output; the model reads what it drew
             elif token in stop_ids:
                 reasons[b] = "stop"
             elif step == max_new_tokens:
