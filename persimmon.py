@@ -795,7 +795,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     full_names = {name.removeprefix("model."): name for name in state}
     new = {name for name in full_names if name.startswith(heads)}
     is_own = cls.__name__ in str(read_json(folder / "config.json").get("architectures"))
-    if new and (is_own or new & tensors.keys() or (stored_kind and cls is PersimmonForCausalLM)):
+    if is_own or new & tensors.keys() or (stored_kind and cls is PersimmonForCausalLM):
         new, heads = set(), ()  # the head has to be there; a new one would not be quantized
     stored = {name.removeprefix("model."): tensor for name, tensor in tensors.items()
               if not (name.startswith(heads) or name.endswith("inv_freq"))}  # in some old files
@@ -846,7 +846,7 @@ def write_safetensors(file: Path, tensors: Sequence[tuple]) -> None:
         start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape),
                         "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header).encode()
     # Mapped weights are used in place, and PyTorch's int8 kernel needs them aligned to 16 bytes: so
     # the data begins at a multiple of 64. (The safetensors library only aligns to 8.)
     text += b" " * (-(8 + len(text)) % 64)
@@ -1145,8 +1145,7 @@ def replaced_forward(forwards: dict[nn.Module, Callable[..., Tensor]]) -> Iterat
 def is_as_exact(fast: Tensor, plain: Tensor, exact: Tensor) -> bool:
     """Whether the error of `fast` against `exact`, in float32, is at most twice that of `plain`."""
     rounding = max(1e-5, torch.finfo(fast.dtype).eps) * exact.norm()
-    limit = 2 * (plain.float() - exact).norm() + rounding
-    return bool((fast.float() - exact).norm() <= limit)  # False for NaN
+    return bool((fast - exact).norm() <= 2 * (plain - exact).norm() + rounding)  # False for NaN
 
 
 def nonzero_bags(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -1166,8 +1165,7 @@ def nonzero_bags(x: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor] | Non
 def fingerprints(weights: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """Values that change when a weight does. `_version` misses changes by .data: hence the sample,
     which in turn misses changes to a few rows or columns (then set model.engine = None)."""
-    samples = [w.detach().as_strided((61,), (w.numel() // 61,)).to(weights[0].device)
-               for w in weights]
+    samples = [w.as_strided((61,), (w.numel() // 61,)).to(weights[0].device) for w in weights]
     values = torch.stack(samples).tolist() if samples else []  # stacked, to wait for a GPU once
     return [(w.data_ptr(), w.stride(), None if w.is_inference() else w._version, sample)
             for w, sample in zip(weights, values)]
@@ -1221,7 +1219,7 @@ class TableEngine(Engine):
         """Find the Linears with a large weight, and those for which `prepare` makes tables."""
         self.linears = [m for m in modules if type(m) is nn.Linear and m.weight.is_contiguous()
                         and m.weight.nbytes >= self.large]
-        downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
+        downs = [getattr(m, "dense_4h_to_h", None) for m in modules]
         self.downs = [m for m in self.linears if m in downs]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:

@@ -864,11 +864,15 @@ def test_how_a_text_ends(small):
 def test_generate_refuses(small):
     for name, value in (
             ("max_new_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("top_p", 1.5), ("top_k", -1),
-            ("top_k", None), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf), ("seed", -1)):
+            ("top_k", None), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf), ("seed", -1),
+            ("seed", 2**63)):
         refuses(f"{name} = {value} is out of range", small.generate, random_ids(CONFIG), **{name: value})
     for message, ids, options in (
-            (r"the prompt is \(1, 0\)", [[]], {}), ("ids from 1 to 97, out of 97", [[1, 97]], {}),
+            (r"the prompt is \(1, 0\)", [[]], {}), (r"the prompt is \(2,\)", [7, 8], {}),
+            ("ids from 1 to 97, out of 97", [[1, 97]], {}),
             ("ids from -1", [[-1, 9]], {}), ("the prompt of 160 tokens fills the context of 160", [[9] * 160], {}),
+            ("the prompt of 160 .* context", [[9] * 160] * 2, 
+             {"attention_mask": torch.arange(160) >= torch.tensor([[150], [0]])}),
             (r"attention_mask is \(1, 4\)", [[7, 8, 9]], {"attention_mask": torch.ones(1, 4)}),
             ("row 1 of the prompt is all padding", [[7], [8]], {"attention_mask": torch.tensor([[1], [0]])}),
             *(("give max_new_tokens or a max_length, which counts the prompt too", [[7, 8, 9]], options)
@@ -1041,10 +1045,12 @@ def test_loading_refuses_a_tensor_in_two_files(folder):
 
 def test_links_in_a_strangers_folder(folder, small):
     """Loading moves nothing out of where one leads; saving empties nothing."""
-    (mine := folder.with_name("mine")).mkdir(), (mine / "thesis.tex").write_text("x")
+    (mine := folder.with_name("mine") / "new").mkdir(parents=True), (mine / "thesis.tex").write_text("x")
     (folder / ".complete").symlink_to(mine), folder.with_name("new.unfinished").mkdir()
     folder.with_name("new.unfinished").joinpath("lock").symlink_to(mine / "thesis.tex")
     load_config(folder), small.save_pretrained(folder.with_name("new"))
+    (folder / ".unfinished").symlink_to(mine.parent)
+    refuses("is in the way", small.save_pretrained, folder)
     assert (mine / "thesis.tex").read_text() == "x" and not (folder / "thesis.tex").exists()
 
 
@@ -1146,6 +1152,8 @@ def test_dtype_and_quantized_folders(folders, tmp_path):
     refuses("the model is quantized already, in int4", load, tmp_path, quantize="int8")
     assert load(tmp_path, quantize="int4").config.quantization["quantize"] == "int4"  # as it is
     edit(tmp_path / "config.json", dtype=None)
+    change_tensors(tmp_path / WHOLE, **{"lm_head.weight": torch.rand(3, 128, 32)})  # codes can't have fractions
+    refuses("lm_head.weight as torch.float32: config.json makes it torch.uint8", load, tmp_path)
     change_tensors(tmp_path / WHOLE, **model.double().state_dict())
     refuses("dtype float64 is not supported", load, tmp_path)
 
@@ -1356,7 +1364,8 @@ def test_classifiers_are_those_of_transformers(tmp_path, cls, K, labels, changes
     a.loss.backward(), b.loss.backward()
     assert all(close(p.grad, theirs.get_parameter(name).grad) for name, p in ours.named_parameters())
     if cls is OfText:  # in another dtype, and as a column
-        labels = labels.view(4, -1).to(torch.int if labels.dtype == torch.long else torch.double)
+        is_integer = labels.dtype == torch.long or "multi" in str(changes)  # where all are 0.0 or 1.0
+        labels = labels.view(4, -1).to(torch.int if is_integer else torch.double)
         assert close(ours(ids, mask, labels=labels).loss, b.loss)
     embeds, places = torch.randn(4, T, 48), 2 * torch.arange(T)[None]  # not shifted: RoPE is relative
     assert close(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
@@ -1822,6 +1831,9 @@ def test_quantize_model(folders, tmp_path, kind, group_size):
     model.model.save_pretrained(tmp_path / "inner")  # a model in its own right
     for folder in (tmp_path, tmp_path / "inner"):
         assert torch.equal(PersimmonModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+    with pytest.warns(match="has no score.weight"):
+        assert OfText.from_pretrained(tmp_path).score.weight.std() > 0
+    refuses("inner lacks the tensor lm_head", PersimmonForCausalLM.from_pretrained, tmp_path / "inner")  # in few bits
 
 
 @each_format
