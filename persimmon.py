@@ -1533,7 +1533,7 @@ class Int8Linear(QuantizedLinear):
         if weight.is_meta:
             return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
         low, high = weight.aminmax(dim=1)
-        scale = torch.maximum(-low, high) / 127  # rounded to the weight's dtype: codes need clamp
+        scale = torch.maximum(-low, high) / 127  # very small ones are coarse: codes need clamp
         scale = torch.where(scale > 0, scale, 1)  # for a row of zeros
         codes = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
         return codes.to(torch.int8), scale
@@ -1676,8 +1676,7 @@ class Int8SparseLinear(QuantizedLinear):
         return (self.weight[:, start:stop] ^ 128).view(torch.int8).to(dtype)  # code - 128
 
     def dequant_matmul(self, x: Tensor) -> Tensor:  # W = scale * (code - 128) + middle
-        tail = self.weight[:, -8:].clone(memory_format=torch.contiguous_format)
-        scale, offset = tail.view(torch.float32).unbind(1)  # (F)
+        scale, offset = self.weight[:, -8:].clone().view(torch.float32).unbind(1)  # (F)
         middle = (offset + 128 * scale).to(x.dtype)  # (F)
         return super().dequant_matmul(x * scale.to(x.dtype)) + (x @ middle)[..., None]
 
@@ -1687,7 +1686,7 @@ class Int8SparseLinear(QuantizedLinear):
         if bags is None or operator is None:
             return None
         column, value, start = bags
-        y = operator(self.weight, column, start.flatten(), mode=0, per_sample_weights=value.float())
+        y = operator(self.weight, column, start.flatten(), per_sample_weights=value.float())
         return y.view(*start.shape, self.out_features).sum(1)
 
 
@@ -1708,8 +1707,8 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     done, total = 0, sum(size for *_, size in linears)
     progress = progress or (lambda fraction: None)
     for path, parent, child, size in linears:
-        is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
-        cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
+        cls = Int8Linear if kind == "int8" else Int4Linear
+        cls = Int8SparseLinear if child == "dense_4h_to_h" else cls
         linear = getattr(parent, child)
         try:
             if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):

@@ -1868,8 +1868,9 @@ def test_quantize_model_refuses():
     done = quantize_model(copy.deepcopy(model), "int8")
     assert type(done.score) is torch.nn.Linear
     lm.lm_head.weight.data[0, 0] = math.nan
-    hooked, own = copy.deepcopy(lm), copy.deepcopy(model)
+    hooked, other, own = copy.deepcopy(lm), copy.deepcopy(lm), copy.deepcopy(model)
     hooked.lm_head.register_forward_hook(lambda module, x, y: 2 * y)
+    other.lm_head.register_forward_pre_hook(lambda module, x: (2 * x[0],))
     own.model.layers[0].mlp.dense_h_to_4h.forward = torch.relu
     for part, arguments, message in (
             (model, ["int3"], "quantize = 'int3' is neither int8 nor int4"),
@@ -1877,7 +1878,8 @@ def test_quantize_model_refuses():
             (model, ["int4", 128.0], "group_size = 128.0 is none of 32, 64 and 128"),
             (model, ["int4", 32], "model.layers.0.*: a matrix of 48 inputs can't be quantized in groups of 32"),
             (lm, ["int8"], "lm_head: weights that are not finite can't be quantized"),
-            (hooked, ["int8"], "lm_head: hooks, or a forward of its own, have to be added after this"),
+            *((part, ["int8"], "lm_head: hooks, or a forward of its own, have to be added after this")
+              for part in (hooked, other)),
             (own, ["int8"], "model.layers.0.mlp.dense_h_to_4h: hooks, or .*"),
             *((part, ["int4"], "the model is quantized already, in int8") for part in (done, done.model))):
         refuses(f"^{message}$", quantize_model, part, *arguments)
