@@ -1371,10 +1371,10 @@ class TransposedKVCache(KVCache):
         factor = q.reshape(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
         score = nn.functional.embedding_bag(row.view(-1, D), table, mode="sum",
                                             per_sample_weights=factor.reshape(-1, D))
-        score = score.view(B, H, blocks * P)[:, :, :S].float() * D**-0.5  # (B, H, S)
+        score = score.view(B, H, blocks * P)[:, :, :S] * D**-0.5  # (B, H, S)
         if mask is not None:
             score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
-        p = score.softmax(-1).to(q.dtype).view(B * H, S)  # (B*H, S)
+        p = score.softmax(-1).view(B * H, S)  # (B*H, S)
         row = arange(B * H)[:, None] * N + arange(S)  # (B*H, S)
         y = nn.functional.embedding_bag(row, values.flatten(0, 2), mode="sum", per_sample_weights=p)
         return y.view(B, H, 1, D)

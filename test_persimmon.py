@@ -1440,6 +1440,7 @@ def test_what_engines_ask():
     plain, factors = exact + 0.01 * noise, (0.01, -0.019, 0.021, math.nan)
     assert [is_as_exact(exact + factor * noise, plain, exact) for factor in factors] == [True, True, False, False]
     assert [is_as_exact(exact + error, exact, exact) for error in (1e-6, 1e-3)] == [True, False]
+    assert is_as_exact(exact.bfloat16(), exact, exact) and not is_as_exact(exact.bfloat16() * 1.02, exact, exact)
     assert all(persimmon.cpu_has(name) == getattr(torch.cpu, f"_is_{name}_supported")() for name in PROCESSORS["AMX"])
     assert persimmon.cpu_has("nonsense") is False and 1e8 < persimmon.available_memory(torch.device("cpu")) < 1e14
     before = persimmon.fingerprints([weight := torch.rand(99, 99)])
@@ -1537,6 +1538,9 @@ def test_transposed_kv_cache(reads, N, S, T):
             cache.keys, cache.values = (x[..., : cache.keys.shape[3] + n, :] for x in wide)
             cache.crop(S - T)
             assert close(cache.attend(1, q, k[:, :, -T:], v[:, :, -T:], mask), attention(q, k, v, mask), 1e-6)
+    cache, k, v = new_cache(replace(CONFIG, hidden_size=16, num_attention_heads=1), 2, N, TransposedKVCache), *(
+        x[:, :1, :T] for x in (k, v))
+    assert close(cache.attend(0, q, k, v, None), attention(q, k, v, None), 1e-6)  # of one head, for all of q's
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -1744,6 +1748,8 @@ def test_int8_kernel_gets_what_it_can_read(monkeypatch):
                    lambda: layer.scale.neg_(), lambda: load(torch.zeros(64))):
         layer.packed_copy("x", layer.scale, layer.scale.clone), change()
         assert torch.equal(layer.packed_copy("x", layer.scale, layer.scale.clone), layer.scale)
+    with torch.inference_mode():  # where tensors have no version
+        assert relative_error(Int4Linear(torch.nn.Linear(64, 64).bfloat16(), 64), torch.rand(2, 64).bfloat16()) < 0.01
     for change in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), torch.nn.Module.float,
                    lambda layer: layer.load_state_dict(layer.state_dict()) and layer, lambda layer: layer.to("meta")):
         layer.packed_copy("x", layer.scale, lambda: torch.zeros(1))
@@ -2804,6 +2810,10 @@ def test_tables(monkeypatch):
     assert fractions == [0.5, 1.0] and [*model.engine.tables] == downs
     assert kept.rows.is_contiguous() and not kept.rows.requires_grad
     first.weight.data.add_(0.01)
+    with torch.no_grad():  # of two tokens' activations, a table is used
+        new, old = (kind.prefill(ids[:, :2], None, KVCache(model.config, 1, 2, torch.float32, "cpu"))
+                    for kind in (model.engine, Engine(model)))
+    assert close(new, old) and [*model.engine.tables] == [second]
     model.generate(ids, max_new_tokens=3)
     assert [*model.engine.tables] == [second]
     hook.remove()
