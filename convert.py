@@ -339,7 +339,7 @@ def empty_model(path: Path, source: Source, args: argparse.Namespace) -> nn.Modu
 @lru_cache(maxsize=1)  # the tensors of a layer are asked for one after the other
 def quantized(layer: nn.Module, weight: Weight) -> dict[str, Tensor]:
     """What a quantized layer, here one without values, stores for its matrix."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
     linear.weight = nn.Parameter(weight.load().to(weight.dtype), requires_grad=False)
     return dict(type(layer)(linear, layer.group_size).named_buffers())
 
