@@ -464,7 +464,7 @@ class Engine:
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Do what makes the first `decode` slow now: here nothing. progress gets the fraction."""
+        """Do now what would slow the first `decode`: here nothing. progress gets the fraction."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
