@@ -32,7 +32,7 @@ persimmon-ai-labs/adept-inference):
  4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
  5. Every Linear and every norm has a bias, except lm_head, which is not tied to the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
- 7. Ids 3 to 70002 are unused, reserved for images: transformers' test has their logits at -16.9.
+ 7. Ids 3 to 70002 are unused, kept for images; 3 to 29 have logits -16.9 in transformers' test.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     Zeros in attention_mask (B, S) hide padding, in all three cases. But padding sees itself: a row
     without any True would be 0/0 in the softmax, and SDPA may return NaN.
     For another pattern, like a sliding window, delete the `if` below and make `mask` of row and
-    column, not of S: CUDA may pass N. Floats, in q's dtype, are added to the scores, but slower.
+    column, not of S: CUDA may pass N. A float mask, in q's dtype, is added to scores, but slower.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -148,7 +148,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` are in use. Use it under torch.no_grad(), or it keeps
-    every graph, and backward fails. One pass over T tokens rounds unlike T passes over one.
+    every graph, and backward fails. T passes over one token round differently from one over T.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -460,7 +460,7 @@ class Engine:
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
     # `prefill` reads the prompt, `decode` one more token per row. To change both, edit next_logits,
-    # which Part III's engines call too. (In a subclass, that changes only next_logits itself.)
+    # which Part III's engines call too. (Overriding it in a subclass of Engine changes neither.)
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
@@ -795,7 +795,7 @@ def load(cls: type[PersimmonPreTrainedModel], folder: Path, dtype: str | torch.d
     full_names = {name.removeprefix("model."): name for name in state}
     new = {name for name in full_names if name.startswith(heads)}
     is_own = cls.__name__ in str(read_json(folder / "config.json").get("architectures"))
-    if is_own or new & tensors.keys() or (stored_kind and cls is PersimmonForCausalLM):
+    if new and (is_own or new & tensors.keys() or (stored_kind and cls is PersimmonForCausalLM)):
         new, heads = set(), ()  # the head has to be there; a new one would not be quantized
     stored = {name.removeprefix("model."): tensor for name, tensor in tensors.items()
               if not (name.startswith(heads) or name.endswith("inv_freq"))}  # in some old files
@@ -1219,7 +1219,7 @@ class TableEngine(Engine):
         """Find the Linears with a large weight, and those for which `prepare` makes tables."""
         self.linears = [m for m in modules if type(m) is nn.Linear and m.weight.is_contiguous()
                         and m.weight.nbytes >= self.large]
-        downs = [getattr(m, "dense_4h_to_h", None) for m in modules]
+        downs = [getattr(m, "dense_4h_to_h", None) for m in modules if isinstance(m, MLP)]
         self.downs = [m for m in self.linears if m in downs]
 
     def forget_tables(self, modules: Iterable[nn.Module]) -> None:
@@ -1350,8 +1350,8 @@ class TransposedKVCache(KVCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """As in KVCache; but one new position (T = 1) takes two embedding_bags. The scores of P
-        positions are the sum over d of q[d] times the row k[d] of their transposed keys, rounded to
-        q's dtype. The output is the sum over s of p[s] times the row v[s]."""
+        positions are the sum over d of q[d] / sqrt(D) times the row k[d] of their transposed keys,
+        in q's dtype. The output is the sum over s of p[s] times the row v[s]."""
         (B, H, N, D), T, S = self.keys.shape[1:], q.shape[2], self.length + q.shape[2]
         P = min(N, self.block)  # N is no multiple of it if somebody has replaced `keys`
         is_known = self.functions == (attention, KVCache.attend)
@@ -1368,10 +1368,10 @@ class TransposedKVCache(KVCache):
         table = keys.transpose(2, 3).reshape(-1, P)  # (B*H*D*N/P, P)
         arange = partial(torch.arange, dtype=torch.int32, device=q.device)  # faster than int64
         row = arange(B * H * D).view(B * H, 1, D) * (N // P) + arange(blocks)[:, None]
-        factor = q.reshape(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
+        factor = (q * D**-0.5).reshape(B * H, 1, D).expand_as(row)  # (B*H, blocks, D)
         score = nn.functional.embedding_bag(row.view(-1, D), table, mode="sum",
                                             per_sample_weights=factor.reshape(-1, D))
-        score = score.view(B, H, blocks * P)[:, :, :S] * D**-0.5  # (B, H, S)
+        score = score.view(B, H, blocks * P)[:, :, :S]  # (B, H, S)
         if mask is not None:
             score = score.masked_fill(~mask[:, :, 0], -math.inf)  # (B, H, S)
         p = score.softmax(-1).view(B * H, S)  # (B*H, S)
@@ -1533,7 +1533,7 @@ class Int8Linear(QuantizedLinear):
         if weight.is_meta:
             return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
         low, high = weight.aminmax(dim=1)
-        scale = torch.maximum(-low, high) / 127  # very small ones are coarse: codes need clamp
+        scale = torch.maximum(-low, high) / 127  # coarse in float16 if small: codes need clamp
         scale = torch.where(scale > 0, scale, 1)  # for a row of zeros
         codes = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
         return codes.to(torch.int8), scale
@@ -1676,7 +1676,7 @@ class Int8SparseLinear(QuantizedLinear):
         return (self.weight[:, start:stop] ^ 128).view(torch.int8).to(dtype)  # code - 128
 
     def dequant_matmul(self, x: Tensor) -> Tensor:  # W = scale * (code - 128) + middle
-        scale, offset = self.weight[:, -8:].clone().view(torch.float32).unbind(1)  # (F)
+        scale, offset = self.weight[:, -8:].contiguous().view(torch.float32).unbind(1)  # (F)
         middle = (offset + 128 * scale).to(x.dtype)  # (F)
         return super().dequant_matmul(x * scale.to(x.dtype)) + (x @ middle)[..., None]
 
@@ -1707,8 +1707,8 @@ def quantize_model(model: PersimmonPreTrainedModel, kind: str, group_size: int =
     done, total = 0, sum(size for *_, size in linears)
     progress = progress or (lambda fraction: None)
     for path, parent, child, size in linears:
-        cls = Int8Linear if kind == "int8" else Int4Linear
-        cls = Int8SparseLinear if child == "dense_4h_to_h" else cls
+        is_sparse = isinstance(parent, MLP) and child == "dense_4h_to_h"
+        cls = Int8SparseLinear if is_sparse else Int8Linear if kind == "int8" else Int4Linear
         linear = getattr(parent, child)
         try:
             if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):

@@ -871,7 +871,7 @@ def test_generate_refuses(small):
             (r"the prompt is \(1, 0\)", [[]], {}), (r"the prompt is \(2,\)", [7, 8], {}),
             ("ids from 1 to 97, out of 97", [[1, 97]], {}),
             ("ids from -1", [[-1, 9]], {}), ("the prompt of 160 tokens fills the context of 160", [[9] * 160], {}),
-            ("the prompt of 160 .* context", [[9] * 160] * 2, 
+            ("the prompt of 160 .* context", [[9] * 160] * 2,
              {"attention_mask": torch.arange(160) >= torch.tensor([[150], [0]])}),
             (r"attention_mask is \(1, 4\)", [[7, 8, 9]], {"attention_mask": torch.ones(1, 4)}),
             ("row 1 of the prompt is all padding", [[7], [8]], {"attention_mask": torch.tensor([[1], [0]])}),
@@ -1073,7 +1073,7 @@ def test_loading(folder, small, monkeypatch):
     with monkeypatch.context() as patch:  # what only its owner may read
         patch.setattr(Path, "open", lambda file, *a, **b: opened(file / ("x" * (file.suffix != ".json")), *a, **b))
         refuses("Not a directory", PersimmonForCausalLM.from_pretrained, folder, error=OSError)
-    shard(folder), edit(folder / "config.json", architectures=5)
+    shard(folder), edit(folder / "config.json", architectures=["PersimmonModel", 5])
     ids, done, before = random_ids(CONFIG), [], (folder / SHARD).read_bytes()
     model = PersimmonForCausalLM.from_pretrained(folder, hidden_dropout=0.5, progress=done.append)
     assert torch.equal(model(ids).logits, small(ids).logits) and model.config.hidden_dropout == 0.5
