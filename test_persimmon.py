@@ -316,7 +316,7 @@ import tarfile
 import warnings
 import weakref
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import asdict, replace
 from unittest.mock import MagicMock, Mock
 
@@ -2845,6 +2845,17 @@ def test_tables(monkeypatch):
     passes = [replaced_forward({model.lm_head: Mock()}) for _ in range(2)]  # as two threads may do it
     [one.__enter__() for one in passes], [one.__exit__(None, None, None) for one in passes]
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_module_of_ones_own_is_not_taken_for_an_mlp():
+    """What its second Linear is given need not be mostly zero, although its Linears have the same names."""
+    model = wide_model()
+    up, down = model.model.layers[0].mlp.children()
+    own = torch.nn.Sequential(OrderedDict(dense_h_to_4h=up, gelu=torch.nn.GELU(), dense_4h_to_h=down))
+    model.model.layers[0].mlp = own.eval()
+    model.generate(random_ids(model.config, 1, 9), max_new_tokens=3)
+    assert down in model.engine.linears and model.engine.tables == {}
+    assert type(quantize_model(model, "int4").model.layers[0].mlp.dense_4h_to_h) is Int4Linear
 
 
 # === sample.py =======================================================================================================
