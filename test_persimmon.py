@@ -2943,13 +2943,31 @@ def test_options_and_batches(cli, tiny, monkeypatch, tmp_path):
     lines = f"To be\n{long}\nTo be\n{wide}".encode()
     code, out, error = cli("--batch", "-", "--json", "--temp=0", "-n3", stdin=lines)
     first, none, last, fits = (json.loads(line) for line in out.splitlines())
-    assert (none["finish_reason"], first["ids"]) == ("too long", last["ids"]) and "ended by length, too long\n" in error
+    assert none.keys() == first.keys() and (none["finish_reason"], first["ids"]) == ("too long", last["ids"])
+    assert "ended by length, too long\n" in error
     assert code == 0 and fits["finish_reason"] == "length"
     assert "ended by too long\n" in cli("--batch", "-", stdin=long.encode())[2]  # nothing else tells of it
     run = partial(cli, "-n3", "--batch=-", "--num-samples=9", "--seed=5", stdin=b"JULIET:\n\nTo be")
     answers = [json.loads(line) for line in run("--json")[1].splitlines()]
     assert [answer["seed"] for answer in answers] == [*range(5, 23)]
     assert run()[1] == "\n---\n\n".join(answer["prompt"] + answer["text"] + "\n" for answer in answers)
+
+
+def test_how_an_answer_ends(cli, tiny, monkeypatch):
+    """At the end of text, unless that is ignored; what may be the start of a stop text is held back."""
+    model, tokenizer, greedy = tiny
+    model.config = replace(model.config, eos_token_id=greedy("To be", 1)[1][0])
+    counts = [len(json.loads(cli("To be", *GREEDY, 5, "--json", *o)[1])["ids"]) for o in ([], ["--ignore-eos"])]
+    assert counts == [1, 5]
+    for reason, is_chat, shown in ((None, False, "pa"), ("length", False, "pa\n\nhum"), ("length", True, "a"),
+                                   ("stop", True, "a\n\nhum")):
+        answer = SimpleNamespace(prompt="p", text="a\n\nhum", finish_reason=reason)
+        assert sample_script.visible(answer, SimpleNamespace(stop=["\n\nhuman:"], chat=is_chat)) == shown
+    ids = tokenizer.encode("日本", add_bos=False)[:-1]  # bytes, of which the last one is missing
+    steps = [persimmon.Step([i], [0.0], [None]) for i in ids]
+    steps[-1].finish_reasons[0] = "length"
+    monkeypatch.setattr(persimmon, "generate", lambda *_, **__: iter(steps))
+    assert cli("To be")[1] == tokenizer.decode(tokenizer.encode("To be") + ids) + "\n" and len(ids) > 4
 
 
 @pytest.mark.parametrize("arguments, message", [
