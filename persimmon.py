@@ -32,7 +32,7 @@ persimmon-ai-labs/adept-inference):
  4. The activation is relu(x)**2, which overflows float16 from x = 256 on: use bfloat16.
  5. Every Linear and every norm has a bias, except lm_head, which is not tied to the embedding.
  6. `|ENDOFTEXT|`, id 71013, marks both the beginning and the end of a text. Tokenizer prepends it.
- 7. Ids 3 to 70002 are unused, kept for images; 3 to 29 have logits -16.9 in transformers' test.
+ 7. Ids 3 to 70002 are reserved for images, and unused.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def causal_mask(input_pos: Tensor, S: int, attention_mask: Tensor | None) -> Ten
     Zeros in attention_mask (B, S) hide padding, in all three cases. But padding sees itself: a row
     without any True would be 0/0 in the softmax, and SDPA may return NaN.
     For another pattern, like a sliding window, delete the `if` below and make `mask` of row and
-    column, not of S: CUDA may pass N. A float mask, in q's dtype, is added to scores, but slower.
+    column, not of S: CUDA may pass N. A float mask, in q's dtype, is added to the scores: slower.
     """
     if attention_mask is None and input_pos.shape[0] in (1, S):
         return None
@@ -148,7 +148,7 @@ class KVCache:
 
     Memory for N positions is allocated up front: 2*L*C elements per position and row, 576 KiB for
     the 8B in 16 bit. Only the first `length` are in use. Use it under torch.no_grad(), or it keeps
-    every graph, and backward fails. T passes over one token round differently from one over T.
+    every graph, and backward fails. Tokens one by one round differently from all at once.
     """
 
     def __init__(self, config: PersimmonConfig, B: int, N: int, dtype: torch.dtype,
@@ -459,12 +459,12 @@ class Engine:
         mask = None if mask is None else mask[:, : cache.positions(*ids.shape)[1]]
         return self.model(ids, mask, cache=cache, logits_to_keep=1).logits[:, -1].float()
 
-    # `prefill` reads the prompt, `decode` one more token per row. To change both, edit next_logits,
-    # which Part III's engines call too. (Overriding it in a subclass of Engine changes neither.)
+    # `prefill` reads the prompt, `decode` one more token per row. Here both are next_logits: edit
+    # it to change them, in Part III's engines too. A subclass has to override each by itself.
     prefill = decode = next_logits
 
     def prepare(self, progress: Callable[[float], None] | None = None) -> None:
-        """Do now what would slow the first `decode`: here nothing. progress gets the fraction."""
+        """Do the slow work of the first `decode` now (here: none). progress gets the fraction."""
 
     def to_host(self, results: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[list, list]]:
         """Each step's ids (B) and log-probabilities (B) as lists. CUDA's yields one step late."""
